@@ -1,1 +1,54 @@
-//! stub
+//! What a bus-master transaction passes through on its way out of a PCI function.
+//!
+//! Two kinds of transaction leave a function: memory accesses (DMA) and interrupt messages (MSI).
+//! This crate owns both paths, because an IOMMU sits on both:
+//!
+//! - [`DmaSpace`]: one per function, the function's view of memory. It is gated by the command
+//!   register's Bus Master Enable bit. [`DmaSpace::view`] gives each worker a [`DmaMemory`], which
+//!   implements vm-memory's `GuestMemory`, so rings, PRP lists and virtio queues all take one way.
+//! - [`PinnedBuffers`]: host iovecs for zero-copy I/O, held until the I/O has ended.
+//! - [`MsiSink`] and [`MsiLine`]: where interrupt messages go.
+//! - [`BusMaster`]: the three together: the only handle through which a device reaches out.
+//!
+//! # Draining
+//!
+//! Whoever takes a mapping away (clears Bus Master Enable now; invalidates an IOTLB range later)
+//! must know when no worker can still use it. Workers open a [`DmaSection`] around each batch; the
+//! revoker publishes the change, moves the space's epoch on and waits until every view is either
+//! outside a section or entered one after the change, and until no buffer is pinned. See
+//! [`DmaSpace::set_bus_master`].
+
+mod addr;
+mod memory;
+mod msi;
+mod pin;
+mod space;
+
+pub use addr::{Bdf, Gpa, Iova, SourceId};
+pub use memory::{DmaMemory, DmaSection};
+pub use msi::{MsiLine, MsiMessage, MsiSink};
+pub use pin::PinnedBuffers;
+pub use space::{BusMaster, DmaSpace};
+
+/// The guest's RAM: host memory mapped at guest-physical addresses.
+pub type GuestRam = vm_memory::GuestMemoryMmap<()>;
+
+/// Direction of a transfer, seen from the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// The device reads guest memory (an NVMe write, a transmitted packet).
+    Read,
+    /// The device writes guest memory (an NVMe read, a received packet).
+    Write,
+}
+
+/// Why a bus-master access did not happen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DmaError {
+    /// Bus Master Enable is clear in the function's command register (PCIe Base 6.0, 7.5.1.1.3).
+    #[error("bus mastering is off")]
+    BusMasterOff,
+    /// No RAM answers at this address (an Unsupported Request on real hardware).
+    #[error("no memory at {0}, {1} bytes")]
+    NotMapped(Iova, u64),
+}

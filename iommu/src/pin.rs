@@ -1,0 +1,233 @@
+//! Guest memory handed to the kernel for zero-copy I/O.
+
+use std::sync::Arc;
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
+
+use crate::space::ViewState;
+use crate::{Access, DmaError, DmaMemory, DmaSpace, Iova};
+
+/// A scatter-gather list of guest memory, resolved to host addresses and held.
+///
+/// While it holds anything, [`DmaSpace::set_bus_master`]`(false)` waits. It is meant to be used
+/// again: [`PinnedBuffers::release`] keeps the list's storage, so steady I/O allocates nothing.
+#[derive(Default)]
+pub struct PinnedBuffers {
+    iovecs: Vec<libc::iovec>,
+    len: u64,
+    holder: Option<(Arc<DmaSpace>, Arc<ViewState>)>,
+}
+
+// SAFETY: the iovecs point into guest RAM, which `holder` keeps mapped; the mapping belongs to the
+// process, not to a thread, and is only ever accessed as volatile, shared memory.
+#[expect(unsafe_code, reason = "raw host addresses move between threads")]
+unsafe impl Send for PinnedBuffers {}
+
+impl PinnedBuffers {
+    /// An empty list.
+    pub fn new() -> PinnedBuffers {
+        PinnedBuffers::default()
+    }
+
+    /// Appends `len` bytes at `iova`, joined to the last element where host addresses touch.
+    ///
+    /// # Errors
+    ///
+    /// As for [`DmaMemory::read_obj`]; the list is then as it was before.
+    pub fn push(
+        &mut self,
+        mem: &DmaMemory,
+        iova: Iova,
+        len: u64,
+        access: Access,
+    ) -> Result<(), DmaError> {
+        // Without an IOMMU, RAM can be read and written alike.
+        let _ = access;
+        let _section = mem.section();
+        let ram = mem.open()?;
+        let count = usize::try_from(len).map_err(|_| DmaError::NotMapped(iova, len))?;
+        let (old_vecs, old_last) = (self.iovecs.len(), self.iovecs.last().copied());
+        if self.holder.is_none() {
+            mem.space().pin(mem.state());
+            self.holder = Some((Arc::clone(mem.space()), Arc::clone(mem.state())));
+        }
+        for slice in GuestMemoryBackend::get_slices(ram, GuestAddress(iova.0), count) {
+            match slice {
+                Ok(slice) => self.append(slice),
+                Err(_) => {
+                    self.iovecs.truncate(old_vecs);
+                    if let (Some(last), Some(old)) = (self.iovecs.last_mut(), old_last) {
+                        *last = old;
+                    }
+                    if old_vecs == 0 {
+                        self.release();
+                    }
+                    return Err(DmaError::NotMapped(iova, len));
+                }
+            }
+        }
+        self.len += len;
+        Ok(())
+    }
+
+    fn append(&mut self, slice: VolatileSlice<'_, ()>) {
+        let base = slice.ptr_guard_mut().as_ptr();
+        if let Some(last) = self.iovecs.last_mut()
+            && last.iov_base.addr() + last.iov_len == base.addr()
+        {
+            last.iov_len += slice.len();
+            return;
+        }
+        self.iovecs.push(libc::iovec {
+            iov_base: base.cast(),
+            iov_len: slice.len(),
+        });
+    }
+
+    /// Total length in bytes.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether nothing is pinned.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The list, for the kernel. The addresses are valid until [`PinnedBuffers::release`] or drop.
+    pub fn iovecs(&self) -> &[libc::iovec] {
+        &self.iovecs
+    }
+
+    /// The list as volatile slices, in order.
+    pub fn slices(&self) -> impl Iterator<Item = VolatileSlice<'_, ()>> {
+        self.iovecs.iter().map(|vec| {
+            // SAFETY: each iovec was made from a slice of guest RAM, which `holder` keeps mapped for
+            // as long as `self` is borrowed, and which is only accessed as volatile memory.
+            #[expect(unsafe_code, reason = "host address back to a slice")]
+            unsafe {
+                VolatileSlice::new(vec.iov_base.cast(), vec.iov_len)
+            }
+        })
+    }
+
+    /// Copies from `data` into the buffers, beginning `offset` bytes into them; returns how many
+    /// bytes fitted.
+    pub fn copy_in(&self, offset: u64, data: &[u8]) -> usize {
+        self.copy(offset, data.len(), |slice, at, done| {
+            slice.write(&data[done..], at).unwrap_or(0)
+        })
+    }
+
+    /// Copies from the buffers into `data`, beginning `offset` bytes into them; returns how many
+    /// bytes there were.
+    pub fn copy_out(&self, offset: u64, data: &mut [u8]) -> usize {
+        let len = data.len();
+        self.copy(offset, len, |slice, at, done| {
+            slice.read(&mut data[done..], at).unwrap_or(0)
+        })
+    }
+
+    fn copy(
+        &self,
+        offset: u64,
+        len: usize,
+        mut step: impl FnMut(VolatileSlice<'_, ()>, usize, usize) -> usize,
+    ) -> usize {
+        let Ok(mut skip) = usize::try_from(offset) else {
+            return 0;
+        };
+        let mut done = 0;
+        for slice in self.slices() {
+            if done == len {
+                break;
+            }
+            if skip >= slice.len() {
+                skip -= slice.len();
+                continue;
+            }
+            done += step(slice, skip, done);
+            skip = 0;
+        }
+        done
+    }
+
+    /// Lets go of the memory; the list is empty afterwards.
+    pub fn release(&mut self) {
+        self.iovecs.clear();
+        self.len = 0;
+        if let Some((space, state)) = self.holder.take() {
+            space.unpin(&state);
+        }
+    }
+}
+
+impl Drop for PinnedBuffers {
+    fn drop(&mut self) {
+        self.release();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::GuestRam;
+
+    fn memory() -> DmaMemory {
+        let ram =
+            GuestRam::from_ranges(&[(GuestAddress(0), 0x4000), (GuestAddress(0x10_0000), 0x2000)]);
+        let space = DmaSpace::new(ram.unwrap());
+        space.set_bus_master(true);
+        space.view()
+    }
+
+    #[test]
+    fn neighbours_join_and_copies_cross_elements() {
+        let mem = memory();
+        let mut buffers = PinnedBuffers::new();
+        buffers
+            .push(&mem, Iova(0x1000), 0x800, Access::Write)
+            .unwrap();
+        buffers
+            .push(&mem, Iova(0x1800), 0x800, Access::Write)
+            .unwrap();
+        assert_eq!(buffers.iovecs().len(), 1);
+        buffers
+            .push(&mem, Iova(0x10_0000), 0x1000, Access::Write)
+            .unwrap();
+        assert_eq!((buffers.iovecs().len(), buffers.len()), (2, 0x2000));
+        let data: Vec<u8> = (0..=255).collect();
+        assert_eq!(buffers.copy_in(0xf80, &data), 256);
+        assert_eq!(mem.read_obj::<u8>(Iova(0x1fff)), Ok(127));
+        assert_eq!(mem.read_obj::<u8>(Iova(0x10_0000)), Ok(128));
+        let mut back = vec![0; 256];
+        assert_eq!(buffers.copy_out(0xf80, &mut back), 256);
+        assert_eq!(back, data);
+        assert_eq!(buffers.copy_in(0x1ff0, &data), 16);
+    }
+
+    #[test]
+    fn a_bad_range_changes_nothing() {
+        let mem = memory();
+        let mut buffers = PinnedBuffers::new();
+        assert!(
+            buffers
+                .push(&mem, Iova(0x3000), 0x2000, Access::Read)
+                .is_err()
+        );
+        assert!(buffers.is_empty() && buffers.holder.is_none());
+        buffers
+            .push(&mem, Iova(0x2000), 0x1000, Access::Read)
+            .unwrap();
+        assert!(
+            buffers
+                .push(&mem, Iova(0x3000), 0x2000, Access::Read)
+                .is_err()
+        );
+        assert!(buffers.push(&mem, Iova(u64::MAX), 2, Access::Read).is_err());
+        assert_eq!(
+            (buffers.len(), buffers.iovecs()[0].iov_len),
+            (0x1000, 0x1000)
+        );
+    }
+}

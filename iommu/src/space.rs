@@ -1,0 +1,232 @@
+//! A function's view of memory, shared by its workers.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+
+use crate::{DmaMemory, GuestRam, MsiSink, SourceId};
+
+/// What a revoker must know of one view.
+#[derive(Default)]
+pub(crate) struct ViewState {
+    /// Epoch of the space when the open section was entered; 0 outside sections.
+    pub(crate) section: AtomicU64,
+    /// Buffers pinned through this view.
+    pub(crate) pins: AtomicU32,
+}
+
+/// One PCI function's view of memory.
+pub struct DmaSpace {
+    ram: GuestRam,
+    bus_master: AtomicBool,
+    epoch: AtomicU64,
+    views: Mutex<Vec<Weak<ViewState>>>,
+    revokers: AtomicU32,
+    lock: Mutex<()>,
+    progress: Condvar,
+}
+
+impl DmaSpace {
+    /// A space that maps addresses to `ram` one to one, with bus mastering off, as after reset.
+    pub fn new(ram: GuestRam) -> Arc<DmaSpace> {
+        Arc::new(DmaSpace {
+            ram,
+            bus_master: AtomicBool::new(false),
+            epoch: AtomicU64::new(1),
+            views: Mutex::new(Vec::new()),
+            revokers: AtomicU32::new(0),
+            lock: Mutex::new(()),
+            progress: Condvar::new(),
+        })
+    }
+
+    /// A private view for one worker thread.
+    pub fn view(self: &Arc<Self>) -> DmaMemory {
+        let state = Arc::new(ViewState::default());
+        let mut views = self.views.lock().unwrap_or_else(PoisonError::into_inner);
+        views.retain(|view| view.strong_count() > 0);
+        views.push(Arc::downgrade(&state));
+        DmaMemory::new(Arc::clone(self), state)
+    }
+
+    /// Whether the function may start transactions.
+    pub fn bus_master(&self) -> bool {
+        self.bus_master.load(Ordering::Relaxed)
+    }
+
+    /// Sets Bus Master Enable. Turning it off returns only when no section that could still use the
+    /// old setting is open and no buffer is pinned: after it, the function touches no memory.
+    ///
+    /// Must not be called inside a section, nor with a lock held that a worker takes in one.
+    pub fn set_bus_master(&self, on: bool) {
+        let was = self.bus_master.swap(on, Ordering::SeqCst);
+        if was && !on {
+            self.drain();
+        }
+    }
+
+    /// Waits until every access begun under an older epoch has ended.
+    fn drain(&self) {
+        self.revokers.fetch_add(1, Ordering::SeqCst);
+        let now = self.epoch.fetch_add(1, Ordering::SeqCst) + 1;
+        // Pairs with the fence in `enter`: either the section sees the change that we published
+        // before, or we see its entry below.
+        fence(Ordering::SeqCst);
+        let views: Vec<_> = {
+            let views = self.views.lock().unwrap_or_else(PoisonError::into_inner);
+            views.iter().filter_map(Weak::upgrade).collect()
+        };
+        let busy = |view: &Arc<ViewState>| {
+            let section = view.section.load(Ordering::Acquire);
+            (section != 0 && section < now) || view.pins.load(Ordering::Acquire) != 0
+        };
+        let mut guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        while views.iter().any(busy) {
+            guard = self
+                .progress
+                .wait(guard)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(guard);
+        self.revokers.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    pub(crate) fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    pub(crate) fn enter(&self, view: &ViewState) {
+        view.section
+            .store(self.epoch.load(Ordering::Acquire), Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+    }
+
+    pub(crate) fn leave(&self, view: &ViewState) {
+        view.section.store(0, Ordering::Release);
+        self.wake_revokers();
+    }
+
+    pub(crate) fn pin(&self, view: &ViewState) {
+        view.pins.fetch_add(1, Ordering::AcqRel);
+    }
+
+    pub(crate) fn unpin(&self, view: &ViewState) {
+        view.pins.fetch_sub(1, Ordering::AcqRel);
+        self.wake_revokers();
+    }
+
+    /// Pairs with `drain`: the state change before the fence is seen by a revoker's check, or the
+    /// revoker's count is seen here. The lock keeps the wake-up from falling between its check and
+    /// its wait.
+    fn wake_revokers(&self) {
+        fence(Ordering::SeqCst);
+        if self.revokers.load(Ordering::Relaxed) != 0 {
+            drop(self.lock.lock().unwrap_or_else(PoisonError::into_inner));
+            self.progress.notify_all();
+        }
+    }
+}
+
+/// The only way in which a device reaches out: memory, interrupts and the id it does so under.
+#[derive(Clone)]
+pub struct BusMaster {
+    /// Memory as the function sees it.
+    pub dma: Arc<DmaSpace>,
+    /// Where the function's interrupt messages go.
+    pub msi: Arc<dyn MsiSink>,
+    /// The requester id on both.
+    pub source: SourceId,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+    use std::thread;
+    use std::time::Duration;
+
+    use vm_memory::GuestAddress;
+
+    use super::*;
+    use crate::{Access, DmaError, Iova, PinnedBuffers};
+
+    fn space() -> Arc<DmaSpace> {
+        DmaSpace::new(GuestRam::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap())
+    }
+
+    #[test]
+    fn bus_master_gates_access() {
+        let space = space();
+        let mem = space.view();
+        assert_eq!(mem.read_obj::<u32>(Iova(0)), Err(DmaError::BusMasterOff));
+        space.set_bus_master(true);
+        mem.write_obj(Iova(8), 7u32).unwrap();
+        assert_eq!(mem.read_obj::<u32>(Iova(8)), Ok(7));
+        space.set_bus_master(false);
+        assert_eq!(mem.write_obj(Iova(8), 9u32), Err(DmaError::BusMasterOff));
+    }
+
+    #[test]
+    fn turning_off_waits_for_open_sections_and_pins() {
+        let space = space();
+        space.set_bus_master(true);
+        let mem = space.view();
+        let off = Arc::new(AtomicBool::new(false));
+        let section = mem.section();
+        let mut buffers = PinnedBuffers::new();
+        buffers
+            .push(&mem, Iova(0x1000), 0x1000, Access::Write)
+            .unwrap();
+        let revoker = {
+            let (space, off) = (Arc::clone(&space), Arc::clone(&off));
+            thread::spawn(move || {
+                space.set_bus_master(false);
+                off.store(true, Ordering::SeqCst);
+            })
+        };
+        while space.bus_master() {
+            thread::yield_now();
+        }
+        drop(section);
+        thread::sleep(Duration::from_millis(20));
+        assert!(
+            !off.load(Ordering::SeqCst),
+            "returned while a buffer was pinned"
+        );
+        buffers.release();
+        revoker.join().unwrap();
+        assert!(off.load(Ordering::SeqCst));
+    }
+
+    /// A worker that writes in sections never writes after the revoker returned.
+    #[test]
+    fn no_write_lands_after_bus_master_off() {
+        let space = space();
+        let stop = Arc::new(AtomicBool::new(false));
+        let worker = {
+            let (space, stop) = (Arc::clone(&space), Arc::clone(&stop));
+            thread::spawn(move || {
+                let mem = space.view();
+                let mut count = 0u64;
+                while !stop.load(Ordering::Relaxed) {
+                    let _section = mem.section();
+                    for _ in 0..16 {
+                        count += 1;
+                        let _ = mem.write_obj(Iova(0), count);
+                    }
+                }
+            })
+        };
+        let reader = space.ram().clone();
+        use vm_memory::Bytes;
+        for _ in 0..2000 {
+            space.set_bus_master(true);
+            thread::yield_now();
+            space.set_bus_master(false);
+            let before: u64 = reader.read_obj(GuestAddress(0)).unwrap();
+            thread::yield_now();
+            let after: u64 = reader.read_obj(GuestAddress(0)).unwrap();
+            assert_eq!(before, after);
+        }
+        stop.store(true, Ordering::Relaxed);
+        worker.join().unwrap();
+    }
+}
