@@ -1,1 +1,15 @@
-//! stub
+//! Guest images: kernels, initramfs and the guest agent, made from the distribution's own packages.
+//!
+//! * [`apt`] fetches Debian packages through a private apt configuration: signature- and
+//!   hash-checked by apt itself, without root, without touching the machine's own apt state.
+//! * [`progress`] reports long work: a bar on a terminal, plain lines elsewhere.
+//! * [`cache`] is the folder where all of this is kept, with its locks and atomic builds.
+
+pub mod apt;
+pub mod cache;
+mod error;
+pub mod progress;
+
+pub use cache::CacheDir;
+pub use error::{Error, Result};
+pub use progress::Progress;
