@@ -1,1 +1,3 @@
-//! stub
+//! The virtual machine monitor: KVM, memory, boot, ACPI, machine assembly, command line.
+
+pub mod machine;
