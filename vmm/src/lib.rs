@@ -1,3 +1,4 @@
 //! The virtual machine monitor: KVM, memory, boot, ACPI, machine assembly, command line.
 
+pub mod config;
 pub mod machine;

@@ -129,12 +129,23 @@ pub enum SerialMode {
 }
 
 /// What a guest's reset request does.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    clap::ValueEnum,
+    serde::Serialize,
+    serde::Deserialize,
+)]
+#[serde(rename_all = "kebab-case")]
 pub enum OnReboot {
-    /// Ends the run with [`ExitReason::Reboot`].
+    /// Ringside ends, with the exit code for a reboot.
     #[default]
     Exit,
-    /// Builds the machine afresh and starts it again.
+    /// The machine is built afresh and starts again.
     Restart,
 }
 
