@@ -62,6 +62,18 @@ pub enum IoLength {
     U64,
 }
 
+impl IoLength {
+    /// Length in bytes; the least one for [`IoLength::Any`].
+    pub fn bytes(self) -> u64 {
+        match self {
+            IoLength::Any => 1,
+            IoLength::U16 => 2,
+            IoLength::U32 => 4,
+            IoLength::U64 => 8,
+        }
+    }
+}
+
 /// A store that wakes a worker.
 #[derive(Debug)]
 pub struct IoEvent {
