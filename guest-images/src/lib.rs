@@ -3,12 +3,16 @@
 //! * [`apt`] fetches Debian packages through a private apt configuration: signature- and
 //!   hash-checked by apt itself, without root, without touching the machine's own apt state.
 //! * [`progress`] reports long work: a bar on a terminal, plain lines elsewhere.
+//! * [`agent`] talks to the agent in a running guest: run programs, copy files, shut down.
 //! * [`cache`] is the folder where all of this is kept, with its locks and atomic builds.
 
+pub mod agent;
 pub mod apt;
 pub mod cache;
 mod error;
 pub mod progress;
+#[path = "../agent/protocol.rs"]
+mod protocol;
 
 pub use cache::CacheDir;
 pub use error::{Error, Result};
