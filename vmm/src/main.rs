@@ -1,2 +1,7 @@
-//! stub
-fn main() {}
+//! The `ringside` program.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    vmm::cli::main()
+}
