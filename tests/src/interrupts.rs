@@ -1,0 +1,157 @@
+//! Where interrupt messages end: a recorder that tests can wait on.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use iommu::{MsiLine, MsiMessage, MsiSink, SourceId};
+
+/// First data value that [`Recorder::allocate`] gives out, as on x86, where lower ones are
+/// exceptions.
+const FIRST_DATA: u32 = 0x20;
+
+/// One message that arrived.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Delivery {
+    /// Who sent it.
+    pub source: SourceId,
+    /// What it was.
+    pub message: MsiMessage,
+}
+
+#[derive(Default)]
+struct Count {
+    arrived: u64,
+    taken: u64,
+}
+
+#[derive(Default)]
+struct Shared {
+    counts: Mutex<HashMap<MsiMessage, Count>>,
+    log: Mutex<Vec<Delivery>>,
+    arrival: Condvar,
+    retargets: AtomicU64,
+    refuse: AtomicBool,
+}
+
+impl Shared {
+    fn counts(&self) -> MutexGuard<'_, HashMap<MsiMessage, Count>> {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn log(&self) -> MutexGuard<'_, Vec<Delivery>> {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Records interrupt messages.
+#[derive(Default)]
+pub struct Recorder {
+    shared: Arc<Shared>,
+    opened: AtomicU64,
+    next: AtomicU32,
+}
+
+impl Recorder {
+    /// A message that no other vector of the machine has: local APIC 0, a data value of its own.
+    pub fn allocate(&self) -> MsiMessage {
+        MsiMessage {
+            address: 0xfee0_0000,
+            data: FIRST_DATA + self.next.fetch_add(1, Ordering::Relaxed),
+        }
+    }
+
+    /// Waits until `message` has arrived since the last call for it, and returns how often it has; 0
+    /// if it did not within `timeout`.
+    pub fn wait(&self, message: MsiMessage, timeout: Duration) -> u64 {
+        let deadline = Instant::now() + timeout;
+        let mut counts = self.shared.counts();
+        loop {
+            let count = counts.entry(message).or_default();
+            let new = count.arrived - count.taken;
+            let left = deadline.saturating_duration_since(Instant::now());
+            if new > 0 || left.is_zero() {
+                count.taken = count.arrived;
+                return new;
+            }
+            (counts, _) = self
+                .shared
+                .arrival
+                .wait_timeout(counts, left)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// How often `message` has arrived in all.
+    pub fn count(&self, message: MsiMessage) -> u64 {
+        self.shared.counts().get(&message).map_or(0, |c| c.arrived)
+    }
+
+    /// All messages since the last call, in order.
+    pub fn take_log(&self) -> Vec<Delivery> {
+        std::mem::take(&mut self.shared.log())
+    }
+
+    /// Lines opened so far.
+    pub fn opened(&self) -> u64 {
+        self.opened.load(Ordering::Relaxed)
+    }
+
+    /// Changes of a line's message so far.
+    pub fn retargets(&self) -> u64 {
+        self.shared.retargets.load(Ordering::Relaxed)
+    }
+
+    /// From now on refuse lines and messages, as a host without free routes does, or stop refusing.
+    pub fn refuse(&self, refuse: bool) {
+        self.shared.refuse.store(refuse, Ordering::Relaxed);
+    }
+
+    fn check(shared: &Shared) -> io::Result<()> {
+        if shared.refuse.load(Ordering::Relaxed) {
+            return Err(io::Error::other("no route left"));
+        }
+        Ok(())
+    }
+}
+
+impl MsiSink for Recorder {
+    fn open(&self, source: SourceId) -> io::Result<Arc<dyn MsiLine>> {
+        Self::check(&self.shared)?;
+        self.opened.fetch_add(1, Ordering::Relaxed);
+        Ok(Arc::new(Line {
+            source,
+            shared: Arc::clone(&self.shared),
+            message: Mutex::new(None),
+        }))
+    }
+}
+
+struct Line {
+    source: SourceId,
+    shared: Arc<Shared>,
+    message: Mutex<Option<MsiMessage>>,
+}
+
+impl MsiLine for Line {
+    fn retarget(&self, message: MsiMessage) -> io::Result<()> {
+        Recorder::check(&self.shared)?;
+        self.shared.retargets.fetch_add(1, Ordering::Relaxed);
+        *self.message.lock().unwrap_or_else(PoisonError::into_inner) = Some(message);
+        Ok(())
+    }
+
+    fn fire(&self) {
+        let message = *self.message.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(message) = message {
+            self.shared.log().push(Delivery {
+                source: self.source,
+                message,
+            });
+            self.shared.counts().entry(message).or_default().arrived += 1;
+            self.shared.arrival.notify_all();
+        }
+    }
+}

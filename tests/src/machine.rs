@@ -1,0 +1,138 @@
+//! The machine: RAM, root complex, interrupts, I/O events.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use iommu::{Bdf, Gpa, GuestRam, MsiSink};
+use pci::{Endpoint, FunctionBuilder, PciDevice, RootComplex, Windows};
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend};
+
+use crate::events::EventTable;
+use crate::interrupts::Recorder;
+use crate::memory::{DmaBuffer, PAGE_SIZE, Pages, Side};
+
+/// Where things are in the fake machine.
+pub mod layout {
+    use std::ops::Range;
+
+    /// RAM below 4 GiB.
+    pub const LOW_RAM: Range<u64> = 0..64 << 20;
+    /// RAM above 4 GiB.
+    pub const HIGH_RAM: Range<u64> = (4 << 30)..(4 << 30) + (64 << 20);
+    /// Window of the root complex below 4 GiB.
+    pub const MMIO32: Range<u64> = 0xc000_0000..0xe000_0000;
+    /// ECAM for 16 buses.
+    pub const ECAM: Range<u64> = 0xe000_0000..0xe100_0000;
+    /// Window of the root complex above 4 GiB.
+    pub const MMIO64: Range<u64> = (1 << 40)..(1 << 41);
+}
+
+/// A machine without CPUs; see the [crate's page](crate).
+pub struct Machine {
+    ram: GuestRam,
+    root: Arc<RootComplex>,
+    interrupts: Arc<Recorder>,
+    events: Arc<EventTable>,
+    pages: Pages,
+    /// Free addresses for BARs below and above 4 GiB.
+    windows: Mutex<[Range<u64>; 2]>,
+}
+
+impl Machine {
+    /// 64 MiB of RAM on each side of 4 GiB and a root complex that holds the host bridge only.
+    pub fn new() -> Arc<Machine> {
+        let regions = [layout::LOW_RAM, layout::HIGH_RAM].map(|range| {
+            let len = usize::try_from(range.end - range.start).expect("RAM fits the host");
+            (GuestAddress(range.start), len)
+        });
+        let events = Arc::new(EventTable::default());
+        let windows = Windows {
+            ecam: layout::ECAM,
+            mmio32: layout::MMIO32,
+            mmio64: layout::MMIO64,
+        };
+        let hub = Arc::clone(&events);
+        Arc::new(Machine {
+            ram: GuestRam::from_ranges(&regions).expect("guest RAM"),
+            root: RootComplex::new(windows, hub).expect("root complex"),
+            interrupts: Arc::default(),
+            events,
+            // Page 0 is left out: address 0 is what an uninitialised pointer looks like.
+            pages: Pages::new(PAGE_SIZE..layout::LOW_RAM.end, layout::HIGH_RAM),
+            windows: Mutex::new([layout::MMIO32, layout::MMIO64]),
+        })
+    }
+
+    /// Builds the function that is to be at 00:`device`.0.
+    pub fn build(&self, builder: FunctionBuilder, device: u8) -> Endpoint {
+        let bdf = Bdf::new(0, device, 0).expect("device number");
+        let sink: Arc<dyn MsiSink> = Arc::<Recorder>::clone(&self.interrupts);
+        builder.build(bdf, &self.ram, &sink).expect("function")
+    }
+
+    /// Puts a function on the bus.
+    pub fn attach(&self, endpoint: Endpoint, device: Arc<dyn PciDevice>) {
+        self.root.attach(endpoint, device).expect("free slot");
+    }
+
+    /// All RAM.
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// The bus.
+    pub fn root(&self) -> &Arc<RootComplex> {
+        &self.root
+    }
+
+    /// Where the devices' interrupts go.
+    pub fn interrupts(&self) -> &Arc<Recorder> {
+        &self.interrupts
+    }
+
+    /// Which stores signal events.
+    pub fn events(&self) -> &Arc<EventTable> {
+        &self.events
+    }
+
+    /// A CPU's load of 1 to 8 bytes. Where nothing answers it reads as ones.
+    pub fn read<T: ByteValued>(&self, address: Gpa) -> T {
+        let at = GuestAddress(address.0);
+        let mut value = T::zeroed();
+        if self.ram.check_range(at, size_of::<T>()) {
+            value = self.ram.read_obj(at).expect("RAM");
+        } else if !self.root.mmio_read(address, value.as_mut_slice()) {
+            value.as_mut_slice().fill(0xff);
+        }
+        value
+    }
+
+    /// A CPU's store of 1 to 8 bytes. Where nothing answers it is lost.
+    pub fn write<T: ByteValued>(&self, address: Gpa, value: T) {
+        let at = GuestAddress(address.0);
+        if self.ram.check_range(at, size_of::<T>()) {
+            self.ram.write_obj(value, at).expect("RAM");
+        } else if !self.events.store(address.0, value.as_slice()) {
+            self.root.mmio_write(address, value.as_slice());
+        }
+    }
+
+    /// Takes zeroed pages for DMA, `pages` in a row, below or above 4 GiB.
+    pub fn dma(&self, side: Side, pages: u64) -> DmaBuffer {
+        let address = Gpa(self.pages.take(side, pages));
+        DmaBuffer::new(self.ram.clone(), address, pages * PAGE_SIZE)
+    }
+
+    /// Takes address space for a BAR: `size` bytes, a power of two, aligned to itself.
+    pub(crate) fn bar_space(&self, side: Side, size: u64) -> u64 {
+        let mut windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
+        let window = match side {
+            Side::Low => &mut windows[0],
+            Side::High => &mut windows[1],
+        };
+        let start = window.start.next_multiple_of(size);
+        assert!(start + size <= window.end, "no address space for a BAR");
+        window.start = start + size;
+        start
+    }
+}
