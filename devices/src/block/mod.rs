@@ -1,4 +1,26 @@
 //! Block back ends: where a disk's bytes are kept.
+//!
+//! A [`BlockBackend`] is shared by the queues of one disk; each worker opens a [`BlockQueue`] of its
+//! own, so that the data path takes no lock. Every implementation passes one shared test suite
+//! (`suite.rs`).
+//!
+//! - [`FileBackend`]: a raw file or block device through io_uring, buffered or `O_DIRECT`.
+//! - [`MemoryBackend`]: anonymous memory, gone with the process.
+//! - [`NullBackend`]: moves nothing; what remains is the cost of the path to it.
+//! - [`FaultyBackend`]: wraps another one in tests, to fail or hold requests.
+
+mod faulty;
+mod file;
+mod immediate;
+mod memory;
+mod null;
+#[cfg(test)]
+mod suite;
+
+pub use faulty::{Fault, FaultyBackend};
+pub use file::{FileBackend, FileOptions, OpenError};
+pub use memory::MemoryBackend;
+pub use null::NullBackend;
 
 use std::io;
 use std::os::fd::RawFd;
@@ -17,6 +39,37 @@ pub struct BlockInfo {
     pub read_only: bool,
     /// Discard frees space.
     pub discard: bool,
+}
+
+impl BlockInfo {
+    /// Whether `op` on `buffers` bytes may be carried out: inside the capacity, whole blocks, and
+    /// no change to a read-only disk.
+    ///
+    /// # Errors
+    ///
+    /// [`io::ErrorKind::InvalidInput`] or [`io::ErrorKind::ReadOnlyFilesystem`].
+    pub fn check(&self, op: BlockOp, buffers: u64) -> io::Result<()> {
+        let (offset, len, changes) = match op {
+            BlockOp::Read { offset } => (offset, buffers, false),
+            BlockOp::Write { offset, .. } => (offset, buffers, true),
+            BlockOp::Flush => (0, 0, false),
+            BlockOp::WriteZeroes { offset, len, .. } | BlockOp::Discard { offset, len } => {
+                (offset, len, true)
+            }
+        };
+        if changes && self.read_only {
+            return Err(io::ErrorKind::ReadOnlyFilesystem.into());
+        }
+        let block = u64::from(self.logical_block);
+        let inside = offset
+            .checked_add(len)
+            .is_some_and(|end| end <= self.capacity);
+        if inside && offset.is_multiple_of(block) && len.is_multiple_of(block) {
+            Ok(())
+        } else {
+            Err(io::ErrorKind::InvalidInput.into())
+        }
+    }
 }
 
 /// What to do.
@@ -93,13 +146,15 @@ pub trait BlockBackend: Send + Sync {
 /// One worker's way to a back end. Dropping it waits for what is in flight.
 pub trait BlockQueue: Send {
     /// Queues a request; it may start at once or at the next [`BlockQueue::submit`]. The caller never
-    /// has more than the queue's depth in flight. The range is inside the capacity.
+    /// has more than the queue's depth in flight ([`io::ErrorKind::ResourceBusy`]), and only asks
+    /// for what [`BlockInfo::check`] allows, or the request ends with that error.
     fn push(&mut self, request: BlockRequest);
 
-    /// Starts what was pushed, with at most one system call.
+    /// Starts what was pushed, with one system call, or none if there is nothing to start.
     fn submit(&mut self);
 
-    /// Takes one completion, if there is one. No system call.
+    /// Takes one completion, if there is one. Call it until there is none: the last call may submit
+    /// what continues a short transfer; otherwise no system call.
     fn reap(&mut self) -> Option<BlockCompletion>;
 
     /// Requests pushed and not yet reaped.
