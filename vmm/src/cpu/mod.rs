@@ -1,0 +1,11 @@
+//! Virtual CPUs: their set-up and the threads that run them.
+
+mod cpuid;
+mod msr;
+mod report;
+mod state;
+mod vcpu;
+
+pub use cpuid::{CpuidTemplate, to_kvm};
+pub use state::StateError;
+pub use vcpu::{CpuError, ExitCounts, FirstExit, GuestBus, Outcome, Request, Vcpu, VcpuThread};
