@@ -3,4 +3,5 @@
 
 pub mod block;
 pub mod net;
+pub mod virtio;
 pub mod worker;

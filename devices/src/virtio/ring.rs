@@ -1,0 +1,409 @@
+//! One split virtqueue, seen from the device (Virtio 1.2, 2.7).
+//!
+//! Reading (available ring, descriptor chains) is virtio-queue's. The used ring is written here,
+//! because a batch should be published with one store of the index, and because entries must survive
+//! that bus mastering is switched off between taking a chain and returning it: they are then kept
+//! on the host's side until memory answers again.
+
+use std::num::Wrapping;
+use std::sync::atomic::{Ordering, fence};
+
+use iommu::{DmaMemory, Iova};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Address, GuestAddress, GuestMemory, Permissions};
+
+use super::spec::ring as layout;
+
+/// Why a ring operation did not happen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RingError {
+    /// Bus mastering is off. Nothing is lost; try again once it is on.
+    #[error("bus mastering is off")]
+    Halted,
+    /// The driver broke the ring's rules; the device needs a reset (Virtio 1.2, 2.1.2).
+    #[error("{0}")]
+    Broken(Fault),
+}
+
+/// What a driver can do wrong to a ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    /// Size 0, over the maximum, or no power of two.
+    #[error("queue size is not valid")]
+    Size,
+    /// A ring address is not aligned (2.7).
+    #[error("ring address is not aligned")]
+    Alignment,
+    /// A ring lies outside of memory.
+    #[error("ring lies outside of memory")]
+    RingAddress,
+    /// More chains are available than the ring has entries.
+    #[error("available index jumped by more than the queue size")]
+    AvailIndex,
+    /// A chain loops, is longer than the queue, or leaves its table.
+    #[error("descriptor chain loops or leaves its table")]
+    Chain,
+    /// A descriptor that the device reads follows one that it writes (2.7.4.2).
+    #[error("readable descriptor after a writable one")]
+    Order,
+    /// A buffer lies outside of memory.
+    #[error("buffer lies outside of memory")]
+    BufferAddress,
+    /// A chain lacks a part that the device's protocol demands.
+    #[error("chain lacks a buffer that the request needs")]
+    Request,
+}
+
+impl From<Fault> for RingError {
+    fn from(fault: Fault) -> RingError {
+        RingError::Broken(fault)
+    }
+}
+
+/// Where a ring is, as the driver set it. Addresses are the function's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RingLayout {
+    /// Entries, a power of two.
+    pub size: u16,
+    /// Descriptor table.
+    pub desc: u64,
+    /// Available ring, which the driver writes.
+    pub driver: u64,
+    /// Used ring, which the device writes.
+    pub device: u64,
+}
+
+/// One buffer of a chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// Where.
+    pub addr: Iova,
+    /// How long, in bytes.
+    pub len: u32,
+}
+
+/// A chain taken off the ring and read once, so that the driver cannot change it under us.
+#[derive(Debug, Default)]
+pub struct Chain {
+    head: u16,
+    segments: Vec<Segment>,
+    readable: usize,
+    readable_len: u64,
+    writable_len: u64,
+}
+
+impl Chain {
+    /// An empty chain, to be filled by [`Ring::pop_into`].
+    pub fn new() -> Chain {
+        Chain::default()
+    }
+
+    /// Index of the head descriptor, for [`Ring::push_used`].
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// Buffers that the device reads.
+    pub fn readable(&self) -> &[Segment] {
+        &self.segments[..self.readable]
+    }
+
+    /// Buffers that the device writes.
+    pub fn writable(&self) -> &[Segment] {
+        &self.segments[self.readable..]
+    }
+
+    /// Length of all readable buffers.
+    pub fn readable_len(&self) -> u64 {
+        self.readable_len
+    }
+
+    /// Length of all writable buffers.
+    pub fn writable_len(&self) -> u64 {
+        self.writable_len
+    }
+}
+
+/// The device's end of one split virtqueue.
+#[derive(Debug)]
+pub struct Ring {
+    queue: Queue,
+    event_idx: bool,
+    /// Used entries not yet in guest memory.
+    pending: Vec<(u16, u32)>,
+    /// Value of the used index when interrupts were last considered.
+    considered: Wrapping<u16>,
+    notify_on: bool,
+}
+
+impl Ring {
+    /// A ring at `layout`, with or without `VIRTIO_F_RING_EVENT_IDX`. Memory is not looked at yet.
+    ///
+    /// # Errors
+    ///
+    /// The size or an alignment is not what the specification demands.
+    pub fn new(layout: RingLayout, event_idx: bool) -> Result<Ring, RingError> {
+        let mut queue = Queue::new(layout.size).map_err(|_| Fault::Size)?;
+        // No ring address computed later can overflow.
+        for (start, len) in parts(&layout) {
+            start.checked_add(len).ok_or(Fault::RingAddress)?;
+        }
+        queue
+            .try_set_desc_table_address(GuestAddress(layout.desc))
+            .and_then(|()| queue.try_set_avail_ring_address(GuestAddress(layout.driver)))
+            .and_then(|()| queue.try_set_used_ring_address(GuestAddress(layout.device)))
+            .map_err(|_| Fault::Alignment)?;
+        queue.set_event_idx(event_idx);
+        queue.set_ready(true);
+        Ok(Ring {
+            pending: Vec::with_capacity(usize::from(layout.size)),
+            queue,
+            event_idx,
+            considered: Wrapping(0),
+            notify_on: true,
+        })
+    }
+
+    /// Checks that the three parts lie in memory.
+    ///
+    /// # Errors
+    ///
+    /// They do not, or bus mastering is off.
+    pub fn check(&self, mem: &DmaMemory) -> Result<(), RingError> {
+        let _section = mem.section();
+        let access = [Permissions::Read, Permissions::Read, Permissions::Write];
+        let layout = RingLayout {
+            size: self.queue.size(),
+            desc: self.queue.desc_table(),
+            driver: self.queue.avail_ring(),
+            device: self.queue.used_ring(),
+        };
+        for ((start, len), access) in parts(&layout).into_iter().zip(access) {
+            let inside = usize::try_from(len)
+                .is_ok_and(|len| mem.check_range(GuestAddress(start), len, access));
+            if !inside {
+                return Err(classify(mem, Fault::RingAddress));
+            }
+        }
+        Ok(())
+    }
+
+    /// Number of entries.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
+    /// Takes the next available chain, unread. The caller walks it and must call
+    /// [`Ring::push_used`] for its head, or [`Ring::unpop`].
+    ///
+    /// # Errors
+    ///
+    /// See [`RingError`].
+    pub fn pop<'m>(
+        &mut self,
+        mem: &'m DmaMemory,
+    ) -> Result<Option<DescriptorChain<&'m DmaMemory>>, RingError> {
+        let mut avail = self.queue.iter(mem).map_err(|error| match error {
+            virtio_queue::Error::InvalidAvailRingIndex => RingError::Broken(Fault::AvailIndex),
+            _ => classify(mem, Fault::RingAddress),
+        })?;
+        Ok(avail.next())
+    }
+
+    /// Takes the next available chain and reads all its descriptors into `chain`, whose storage is
+    /// used again. False if none is available.
+    ///
+    /// # Errors
+    ///
+    /// See [`RingError`]; the chain then stays on the ring.
+    pub fn pop_into(&mut self, mem: &DmaMemory, chain: &mut Chain) -> Result<bool, RingError> {
+        let limit = usize::from(self.queue.size());
+        let Some(mut descriptors) = self.pop(mem)? else {
+            return Ok(false);
+        };
+        chain.head = descriptors.head_index();
+        chain.segments.clear();
+        (chain.readable, chain.readable_len, chain.writable_len) = (0, 0, 0);
+        let mut complete = false;
+        let mut fault = None;
+        for descriptor in &mut descriptors {
+            complete = !descriptor.has_next();
+            if chain.segments.len() == limit {
+                // Longer than the queue, through an indirect table (2.7.5.3.1).
+                complete = false;
+                break;
+            }
+            let len = u64::from(descriptor.len());
+            if descriptor.is_write_only() {
+                chain.writable_len += len;
+            } else if chain.segments.len() == chain.readable {
+                chain.readable += 1;
+                chain.readable_len += len;
+            } else {
+                fault = Some(Fault::Order);
+            }
+            chain.segments.push(Segment {
+                addr: Iova(descriptor.addr().raw_value()),
+                len: descriptor.len(),
+            });
+        }
+        // virtio-queue ends a bad chain early without saying why: its last descriptor has a next.
+        if !complete {
+            fault = Some(Fault::Chain);
+        }
+        match fault {
+            None => Ok(true),
+            Some(fault) => {
+                self.unpop();
+                Err(classify(mem, fault))
+            }
+        }
+    }
+
+    /// Puts the chain taken last back to the ring's head.
+    pub fn unpop(&mut self) {
+        self.queue.go_to_previous_position();
+    }
+
+    /// Queues a used entry: `len` bytes were written to the chain of `head`. The driver sees it
+    /// after [`Ring::publish`]. Call it once per chain taken.
+    pub fn push_used(&mut self, head: u16, len: u32) {
+        self.pending.push((head, len));
+    }
+
+    /// Used entries not published yet.
+    pub fn unpublished(&self) -> usize {
+        self.pending.len()
+    }
+
+    /// Hands all queued used entries to the driver with one store of the index; returns how many.
+    ///
+    /// # Errors
+    ///
+    /// See [`RingError`]; the entries stay queued.
+    pub fn publish(&mut self, mem: &DmaMemory) -> Result<u16, RingError> {
+        if self.pending.is_empty() {
+            return Ok(0);
+        }
+        let _section = mem.section();
+        let ring = self.queue.used_ring();
+        let mut index = Wrapping(self.queue.next_used());
+        for &(head, len) in &self.pending {
+            let slot = u64::from(index.0 % self.queue.size());
+            let mut entry = [0u8; 8];
+            entry[..4].copy_from_slice(&u32::from(head).to_le_bytes());
+            entry[4..].copy_from_slice(&len.to_le_bytes());
+            mem.write(
+                Iova(ring + layout::ENTRIES + slot * layout::USED_ENTRY),
+                &entry,
+            )
+            .map_err(|_| classify(mem, Fault::RingAddress))?;
+            index += 1;
+        }
+        mem.store(
+            Iova(ring + layout::INDEX),
+            index.0.to_le(),
+            Ordering::Release,
+        )
+        .map_err(|_| classify(mem, Fault::RingAddress))?;
+        self.queue.set_next_used(index.0);
+        let count = u16::try_from(self.pending.len()).unwrap_or(u16::MAX);
+        self.pending.clear();
+        Ok(count)
+    }
+
+    /// Whether the driver wants an interrupt for what was published since the last call
+    /// (2.7.7.2).
+    ///
+    /// # Errors
+    ///
+    /// See [`RingError`].
+    pub fn wants_interrupt(&mut self, mem: &DmaMemory) -> Result<bool, RingError> {
+        let new = Wrapping(self.queue.next_used());
+        let old = self.considered;
+        if new == old {
+            return Ok(false);
+        }
+        // The driver writes `used_event` (or the flag) and then reads the index; we wrote the index
+        // and now read `used_event`. Without the fence both could miss the other's store.
+        fence(Ordering::SeqCst);
+        let wants = if self.event_idx {
+            let at = layout::ENTRIES + u64::from(self.queue.size()) * layout::AVAIL_ENTRY;
+            let event = Wrapping(self.load(mem, self.queue.avail_ring() + at)?);
+            new - event - Wrapping(1) < new - old
+        } else {
+            self.load(mem, self.queue.avail_ring())? & layout::AVAIL_F_NO_INTERRUPT == 0
+        };
+        self.considered = new;
+        Ok(wants)
+    }
+
+    /// Whether a chain is available.
+    ///
+    /// # Errors
+    ///
+    /// See [`RingError`].
+    pub fn available(&self, mem: &DmaMemory) -> Result<bool, RingError> {
+        let index = self.load(mem, self.queue.avail_ring() + layout::INDEX)?;
+        Ok(index != self.queue.next_avail())
+    }
+
+    /// Asks the driver to notify us of new chains (2.7.10). Chains may have come just before: look
+    /// with [`Ring::available`] after a full memory barrier.
+    ///
+    /// # Errors
+    ///
+    /// See [`RingError`].
+    pub fn enable_notify(&mut self, mem: &DmaMemory) -> Result<(), RingError> {
+        self.notify_on = true;
+        self.queue
+            .enable_notification(mem)
+            .map(|_| ())
+            .map_err(|_| classify(mem, Fault::RingAddress))
+    }
+
+    /// Tells the driver that notifications are not needed.
+    ///
+    /// # Errors
+    ///
+    /// See [`RingError`].
+    pub fn disable_notify(&mut self, mem: &DmaMemory) -> Result<(), RingError> {
+        if !self.notify_on {
+            return Ok(());
+        }
+        self.queue
+            .disable_notification(mem)
+            .map_err(|_| classify(mem, Fault::RingAddress))?;
+        self.notify_on = false;
+        Ok(())
+    }
+
+    fn load(&self, mem: &DmaMemory, addr: u64) -> Result<u16, RingError> {
+        mem.load::<u16>(Iova(addr), Ordering::Acquire)
+            .map(u16::from_le)
+            .map_err(|_| classify(mem, Fault::RingAddress))
+    }
+}
+
+/// Start and length of the descriptor table, the available and the used ring (2.7).
+fn parts(ring: &RingLayout) -> [(u64, u64); 3] {
+    let size = u64::from(ring.size);
+    [
+        (ring.desc, size * layout::DESCRIPTOR),
+        (
+            ring.driver,
+            layout::ENTRIES + size * layout::AVAIL_ENTRY + 2,
+        ),
+        (ring.device, layout::ENTRIES + size * layout::USED_ENTRY + 2),
+    ]
+}
+
+/// Tells a failed access of a halted function from one outside of memory. Inside one section bus
+/// mastering can go off but not on again, so the answer belongs to the access that failed.
+pub fn classify(mem: &DmaMemory, fault: Fault) -> RingError {
+    if mem.space().bus_master() {
+        RingError::Broken(fault)
+    } else {
+        RingError::Halted
+    }
+}
