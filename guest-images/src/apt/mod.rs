@@ -10,7 +10,7 @@
 //! no network.
 
 mod archive;
-mod run;
+pub(crate) mod run;
 
 use std::fs;
 use std::path::{Path, PathBuf};

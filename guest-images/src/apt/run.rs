@@ -285,7 +285,7 @@ fn missing_package(detail: &str) -> Option<&str> {
 }
 
 /// Runs a program to its end and returns its standard output.
-pub(super) fn run(
+pub(crate) fn run(
     tool: &'static str,
     package: &'static str,
     command: &mut Command,
