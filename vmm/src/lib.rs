@@ -4,6 +4,7 @@ pub mod acpi;
 pub mod boot;
 pub mod cli;
 pub mod config;
+pub mod control;
 pub mod cpu;
 pub mod ioapic;
 pub mod kvm;
