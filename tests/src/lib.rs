@@ -21,12 +21,14 @@ mod function;
 mod interrupts;
 mod machine;
 mod memory;
+mod test_device;
 
 pub use events::EventTable;
 pub use function::{GuestBar, GuestFunction, GuestVector};
 pub use interrupts::{Delivery, Recorder};
 pub use machine::{Machine, layout};
 pub use memory::{DmaBuffer, PAGE_SIZE, Side};
+pub use test_device::{Call, TestDevice};
 
 /// How long a test waits for something that must happen. Long, because it costs only failing tests.
 pub const TIMEOUT: std::time::Duration = std::time::Duration::from_secs(20);

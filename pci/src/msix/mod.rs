@@ -1,95 +1,38 @@
 //! MSI-X: the vector table, the pending bits, and firing (PCIe Base 6.0, 6.1.4 and 7.7.2).
 //!
-//! # A vector's state
-//!
-//! One atomic word a vector holds all that [`MsixVector::signal`] needs:
-//!
-//! - `BLOCKED`: the vector must not fire now, for whichever reason: MSI-X is disabled, the function
-//!   or the vector is masked, Bus Master Enable is clear, or the host has given no line.
-//! - `PENDING`: signalled while blocked. Set only together with `BLOCKED`.
-//! - the rest counts the threads between their check of `BLOCKED` and the end of `fire`.
-//!
-//! `signal` makes one compare-and-swap: it either counts itself in, fires and counts itself out, or
-//! sets `PENDING`. Since check and consequence are one atomic step, no signal falls between them.
-//! Changes of the table and of the control bits run under one mutex that `signal` never takes:
-//!
-//! - to block, they set `BLOCKED` and wait until the count is zero. From then on the old message
-//!   cannot be sent: a mask is exact, and a line is never retargeted under a thread that fires it.
-//! - to unblock, they first make the line ready (open it, retarget it), then clear `BLOCKED` and take
-//!   `PENDING` in one step, and fire if it was set: exactly once, because only this step clears it.
-//!
-//! Orderings: unblocking releases what it did to the line and every `signal` acquires it. A `signal`
-//! that finds `PENDING` set already still swaps (the same value): that releases what its caller wrote
-//! to memory before, which the unblocking step acquires before it fires. Without the swap, the guest
-//! could take the interrupt, miss that data, and get no second interrupt.
+//! Signalling goes through each vector's `Gate` and takes no lock. Changes of the table and of the
+//! control bits run under one mutex: they block the gate, make the line ready (open it, retarget it)
+//! and unblock it. So a mask is exact, and a line is never retargeted under a thread that fires it.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+mod gate;
+
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use iommu::{BusMaster, MsiLine, MsiMessage};
 
 use crate::log::LogLimit;
 use crate::spec::msix::{ENTRY_LEN, ENTRY_MASK};
+use gate::Gate;
 
-const BLOCKED: u32 = 1 << 31;
-const PENDING: u32 = 1 << 30;
-const FIRING: u32 = PENDING - 1;
+/// What the gate is made of; loom's in its tests.
+mod sync {
+    pub(super) use std::sync::atomic::{AtomicU32, Ordering};
+    pub(super) use std::thread::yield_now;
+}
 
 /// On a cache line of its own: each belongs to another queue's worker.
 #[repr(align(64))]
 struct Vector {
-    state: AtomicU32,
-    /// Set before `BLOCKED` is cleared for the first time.
+    gate: Gate,
+    /// Set before the gate is unblocked for the first time.
     line: OnceLock<Arc<dyn MsiLine>>,
 }
 
 impl Vector {
-    fn signal(&self) {
-        let mut state = self.state.load(Ordering::Relaxed);
-        loop {
-            let blocked = state & BLOCKED != 0;
-            let next = if blocked { state | PENDING } else { state + 1 };
-            match self
-                .state
-                .compare_exchange_weak(state, next, Ordering::AcqRel, Ordering::Relaxed)
-            {
-                Ok(_) if blocked => return,
-                Ok(_) => break,
-                Err(now) => state = now,
-            }
-        }
-        self.fire();
-        self.state.fetch_sub(1, Ordering::Release);
-    }
-
     fn fire(&self) {
         if let Some(line) = self.line.get() {
             line.fire();
         }
-    }
-
-    /// Waits for the threads that fire now. They make one system call each; none of them holds or
-    /// waits for a lock of ours.
-    fn block(&self) {
-        self.state.fetch_or(BLOCKED, Ordering::AcqRel);
-        while self.state.load(Ordering::Acquire) & FIRING != 0 {
-            std::thread::yield_now();
-        }
-    }
-
-    fn unblock(&self) {
-        let was = self.state.fetch_and(!(BLOCKED | PENDING), Ordering::AcqRel);
-        if was & PENDING != 0 {
-            self.fire();
-        }
-    }
-
-    fn blocked(&self) -> bool {
-        self.state.load(Ordering::Relaxed) & BLOCKED != 0
-    }
-
-    fn pending(&self) -> bool {
-        self.state.load(Ordering::Acquire) & PENDING != 0
     }
 }
 
@@ -145,7 +88,7 @@ pub struct Msix {
 impl Msix {
     pub(crate) fn new(vectors: u16, master: &BusMaster) -> Arc<Msix> {
         let vector = |_| Vector {
-            state: AtomicU32::new(BLOCKED),
+            gate: Gate::new(),
             line: OnceLock::new(),
         };
         Arc::new(Msix {
@@ -193,8 +136,8 @@ impl Msix {
         let mut control = self.lock();
         (control.enable, control.function_mask) = (false, false);
         for (vector, entry) in self.vectors.iter().zip(&mut control.table) {
-            vector.block();
-            vector.state.fetch_and(!PENDING, Ordering::AcqRel);
+            vector.gate.block();
+            vector.gate.forget();
             *entry = Entry {
                 target: entry.target,
                 ..Entry::RESET
@@ -242,7 +185,7 @@ impl Msix {
             let first = usize::try_from(at).unwrap_or(usize::MAX).saturating_mul(8);
             *byte = (0..8).fold(0, |bits, i| {
                 let vector = self.vectors.get(first.saturating_add(i));
-                bits | (u8::from(vector.is_some_and(Vector::pending)) << i)
+                bits | (u8::from(vector.is_some_and(|v| v.gate.pending())) << i)
             });
         }
     }
@@ -265,12 +208,12 @@ impl Msix {
             return;
         };
         let wanted = open && !entry.masked;
-        let blocked = vector.blocked();
+        let blocked = vector.gate.blocked();
         if !blocked && (!wanted || entry.target != Some(entry.message)) {
-            vector.block();
+            vector.gate.block();
         }
-        if wanted && vector.blocked() && self.make_ready(vector, entry, index) {
-            vector.unblock();
+        if wanted && vector.gate.blocked() && self.make_ready(vector, entry, index) {
+            vector.gate.unblock(|| vector.fire());
         }
     }
 
@@ -357,7 +300,7 @@ impl MsixVector {
     /// is then held pending too, not lost, and fires when bus mastering comes back.
     pub fn signal(&self) {
         if let Some(vector) = self.msix.vectors.get(self.index) {
-            vector.signal();
+            vector.gate.signal(|| vector.fire());
         }
     }
 
