@@ -1,4 +1,20 @@
 //! Network back ends: where packets come from and go to.
+//!
+//! A [`NetBackend`] is shared by the queue pairs of one interface; each pair's worker opens a
+//! [`NetQueue`] of its own. Packets travel with their `virtio_net_hdr_v1`, so that checksums and
+//! segmentation can be left to whoever does them best.
+//!
+//! - [`Tap`]: a Linux tap device, with one queue for each pair.
+//! - [`Loopback`]: what the guest sends, it receives; nothing leaves the process.
+
+mod loopback;
+mod ring;
+#[cfg(test)]
+mod suite;
+mod tap;
+
+pub use loopback::Loopback;
+pub use tap::{Tap, TapError};
 
 use std::io;
 use std::os::fd::RawFd;
@@ -43,19 +59,25 @@ pub trait NetBackend: Send + Sync {
     /// Number of queue pairs that can be opened.
     fn max_pairs(&self) -> u16;
 
-    /// How many pairs, from 0 on, packets may arrive on from now on.
+    /// How many pairs, from 0 on, packets may arrive on from now on; 1 at first. Packets that wait on
+    /// other pairs may be lost.
     ///
     /// # Errors
     ///
-    /// The host refuses it.
+    /// There are not so many pairs, or none is asked for, or the host refuses it.
     fn set_active_pairs(&self, pairs: u16) -> io::Result<()>;
 
     /// Opens queue pair `index`.
     ///
     /// # Errors
     ///
-    /// The pair is open already or the host refuses it.
+    /// There is no such pair, it is open already, or the host refuses it. It can be opened again once
+    /// its queue was dropped.
     fn open_queue(self: Arc<Self>, index: u16) -> io::Result<Box<dyn NetQueue>>;
+
+    /// Packets that it dropped so far, in both directions: no room, too long, not to be had by a
+    /// guest without the offload.
+    fn drops(&self) -> u64;
 }
 
 /// One queue pair of a back end. Never blocks.
@@ -76,6 +98,7 @@ pub trait NetQueue: Send {
     /// The back end is gone.
     fn receive(&mut self, buffers: &[VolatileSlice<'_, ()>]) -> io::Result<Option<usize>>;
 
-    /// Readable when a packet may have arrived.
+    /// Readable when a packet may have arrived since [`NetQueue::receive`] last found none. `None`
+    /// while none can arrive, which changes only with the number of active pairs.
     fn fd(&self) -> Option<RawFd>;
 }
