@@ -154,9 +154,9 @@ fn start_server() -> io::Result<u32> {
 fn start_shell() -> io::Result<u32> {
     let console = console().ok_or(io::ErrorKind::NotFound)?;
     let terminal = OwnedFd::from(File::options().read(true).write(true).open(console)?);
-    let mut command = program("/bin/sh");
+    let mut command = program("/bin/bash");
     command
-        .arg0("-sh")
+        .arg0("-bash")
         .stdin(terminal.try_clone()?)
         .stdout(terminal.try_clone()?)
         .stderr(terminal);

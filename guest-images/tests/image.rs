@@ -78,7 +78,8 @@ fn check(image: &Image) -> BTreeMap<String, File> {
 
     let files = read_cpio(&fs::read(&image.initramfs).unwrap());
     for name in [
-        "busybox", "fio", "nvme", "ethtool", "ip", "iperf3", "setpci", "lspci", "tc",
+        "bash", "busybox", "dash", "fio", "nvme", "ethtool", "ip", "iperf3", "setpci", "lspci",
+        "tc",
     ] {
         let file = &files[&format!("usr/bin/{name}")];
         assert!(
@@ -87,7 +88,7 @@ fn check(image: &Image) -> BTreeMap<String, File> {
         );
     }
     // Real programs are not replaced by busybox's, the others are there.
-    assert_eq!(files["usr/bin/sh"].content, b"busybox");
+    assert_eq!(files["usr/bin/sh"].content, b"dash");
     assert_eq!(files["usr/bin/ping"].mode & 0o170_000, 0o120_000);
     assert_eq!(files["init"].mode, 0o100_755);
     assert_eq!(files["dev/console"].mode, 0o020_600);

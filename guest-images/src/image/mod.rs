@@ -335,6 +335,8 @@ fn skeleton(release: Release) -> cpio::Tree {
         ("usr/sbin", "bin"),
         ("lib", "usr/lib"),
         ("lib64", "usr/lib64"),
+        // Not busybox's shell: that runs its own applets in place of the real ip and lspci.
+        ("usr/bin/sh", "dash"),
         ("var/run", "../run"),
         ("var/tmp", "../tmp"),
         ("etc/mtab", "../proc/self/mounts"),
@@ -350,8 +352,8 @@ fn skeleton(release: Release) -> cpio::Tree {
         ("etc/group", "root:x:0:\n"),
         ("etc/hosts", "127.0.0.1 localhost\n::1 localhost\n"),
         ("etc/os-release", os_release.as_str()),
-        ("etc/passwd", "root::0:0:root:/root:/bin/sh\n"),
-        ("etc/profile", "PS1='\\h:\\w\\$ '\n"),
+        ("etc/passwd", "root::0:0:root:/root:/bin/bash\n"),
+        ("etc/profile", "PS1='\\h:\\w\\$ '\nHISTFILE=\n"),
         ("etc/services", "domain 53/udp\niperf3 5201/tcp\n"),
     ] {
         tree.file(path, 0o644, content);

@@ -12,8 +12,11 @@ use crate::apt::run;
 use crate::{Error, Result};
 
 /// The packages, and the programs that are taken from each.
-const PROGRAMS: [(&str, &[&str]); 7] = [
+const PROGRAMS: [(&str, &[&str]); 10] = [
+    ("bash", &["bash"]),
     ("busybox-static", &["busybox"]),
+    ("dash", &["dash"]),
+    ("e2fsprogs", &["mke2fs"]),
     ("ethtool", &["ethtool"]),
     ("fio", &["fio"]),
     ("iperf3", &["iperf3"]),
@@ -66,6 +69,13 @@ pub(super) fn add(tree: &mut Tree, root: &Path) -> Result<()> {
             adder.tree.file(&format!("usr/bin/{name}"), 0o755, content);
         }
     }
+    // What mke2fs makes is named by how it is called, and this file says what that means.
+    tree.link("usr/bin/mkfs.ext4", "mke2fs");
+    tree.file(
+        "etc/mke2fs.conf",
+        0o644,
+        read(&root.join("etc/mke2fs.conf"))?,
+    );
     add_applets(tree, &find_program(root, "busybox")?)
 }
 
