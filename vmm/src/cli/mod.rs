@@ -1,6 +1,9 @@
 //! The command line.
 
+mod cp;
 mod doctor;
+mod exec;
+mod guests;
 
 use std::fmt;
 use std::io::{self, Write};
@@ -11,6 +14,7 @@ use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::config::BadInput;
+use crate::control::RuntimeError;
 
 const AFTER_HELP: &str = "\
 Exit codes: 0 the guest switched itself off, or the command did its work; 1 an error of the host or \
@@ -38,6 +42,16 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Run a command in a running guest
+    Exec(exec::ExecArgs),
+    /// Copy a file into a running guest or out of one
+    Cp(cp::CpArgs),
+    /// List running guests
+    List(guests::ListArgs),
+    /// Print counters of a running guest: VM exits, devices, queues
+    Stats(guests::StatsArgs),
+    /// Shut a running guest down
+    Stop(guests::StopArgs),
     /// Say what this host's KVM can do, and why
     Doctor(doctor::DoctorArgs),
 }
@@ -70,6 +84,15 @@ impl From<BadInput> for Failure {
     }
 }
 
+impl From<RuntimeError> for Failure {
+    fn from(error: RuntimeError) -> Self {
+        match error {
+            RuntimeError::BadInput(bad) => Failure::BadInput(bad),
+            error @ RuntimeError::Io { .. } => Failure::other(error),
+        }
+    }
+}
+
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
         Failure::other(error)
@@ -96,6 +119,11 @@ pub fn main() -> ExitCode {
     };
     start_log(cli.verbose);
     let done = match cli.command {
+        Command::Exec(args) => exec::main(args),
+        Command::Cp(args) => cp::main(&args),
+        Command::List(args) => guests::list_main(&args),
+        Command::Stats(args) => guests::stats_main(&args),
+        Command::Stop(args) => guests::stop_main(&args),
         Command::Doctor(args) => doctor::main(&args),
     };
     match done {

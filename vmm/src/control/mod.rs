@@ -17,7 +17,7 @@ mod server;
 
 pub use client::{ControlError, request};
 pub use http::Method;
-pub use runtime::{GuestFiles, RuntimeDir, RuntimeError, find, list};
+pub use runtime::{GuestFiles, RuntimeDir, RuntimeError, find, list, wait_for_end};
 pub use server::ControlServer;
 
 use serde_json::Value;

@@ -7,7 +7,9 @@ use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
@@ -275,6 +277,36 @@ fn find_in(base: &Path, name: &str) -> Result<GuestFiles, RuntimeError> {
     Err(BadInput::new(name, problem).into())
 }
 
+/// Waits until the guest's process has ended; false if it still runs at the deadline.
+///
+/// # Errors
+/// Its lock cannot be waited for.
+pub fn wait_for_end(guest: &GuestFiles, deadline: Instant) -> Result<bool, RuntimeError> {
+    wait_in(&base(), guest, deadline)
+}
+
+fn wait_in(base: &Path, guest: &GuestFiles, deadline: Instant) -> Result<bool, RuntimeError> {
+    let folder = base.join(&guest.name);
+    let lock = match File::open(folder.join(LOCK)) {
+        Ok(lock) => lock,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
+        Err(error) => return Err(RuntimeError::io("open the lock in", &folder)(error)),
+    };
+    let (sender, ended) = mpsc::channel();
+    // If the deadline comes first the thread waits on until the guest ends; it holds nothing else.
+    thread::spawn(move || {
+        let result = lock.lock_shared();
+        drop(lock);
+        let _ = sender.send(result);
+    });
+    let patience = deadline.saturating_duration_since(Instant::now());
+    match ended.recv_timeout(patience) {
+        Ok(Ok(())) => Ok(true),
+        Ok(Err(error)) => Err(RuntimeError::io("wait for the lock in", &folder)(error)),
+        Err(_) => Ok(false),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -343,6 +375,23 @@ mod tests {
         assert_eq!(found.vsock, Some(vsock));
         let missing = find_in(temp.path(), "a").unwrap_err().to_string();
         assert_eq!(missing, "a: no such guest: those that run are b");
+    }
+
+    #[test]
+    fn the_end_of_a_guest_is_waited_for() {
+        let temp = tempfile::tempdir().unwrap();
+        let running = RuntimeDir::create_in(temp.path(), &name("a")).unwrap();
+        running
+            .describe(&name("a"), Accel::Kvm, &running.control(), None)
+            .unwrap();
+        let guest = find_in(temp.path(), "a").unwrap();
+        assert!(!wait_in(temp.path(), &guest, Instant::now()).unwrap());
+        let far = Instant::now() + std::time::Duration::from_secs(60);
+        thread::scope(|scope| {
+            let waiter = scope.spawn(|| wait_in(temp.path(), &guest, far).unwrap());
+            drop(running);
+            assert!(waiter.join().unwrap());
+        });
     }
 
     #[test]
