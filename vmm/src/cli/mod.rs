@@ -4,6 +4,7 @@ mod cp;
 mod doctor;
 mod exec;
 mod guests;
+mod image;
 
 use std::fmt;
 use std::io::{self, Write};
@@ -52,6 +53,8 @@ enum Command {
     Stats(guests::StatsArgs),
     /// Shut a running guest down
     Stop(guests::StopArgs),
+    /// Build, list and remove guest images
+    Image(image::ImageArgs),
     /// Say what this host's KVM can do, and why
     Doctor(doctor::DoctorArgs),
 }
@@ -124,6 +127,7 @@ pub fn main() -> ExitCode {
         Command::List(args) => guests::list_main(&args),
         Command::Stats(args) => guests::stats_main(&args),
         Command::Stop(args) => guests::stop_main(&args),
+        Command::Image(args) => image::main(&args),
         Command::Doctor(args) => doctor::main(&args),
     };
     match done {

@@ -6,9 +6,11 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
+use guest_images::Release;
+
 use super::{
-    Accel, BadInput, BootSource, Checked, GuestName, ImageName, Mac, MachineConfig,
-    NamespaceConfig, NetConfig, NvmeConfig, Serial, Size, VsockChoice, VsockConfig,
+    Accel, BadInput, BootSource, Checked, GuestName, Mac, MachineConfig, NamespaceConfig,
+    NetConfig, NvmeConfig, Serial, Size, VsockChoice, VsockConfig, release,
 };
 use crate::machine::{
     MAX_VCPUS, MIN_MEMORY, NamespaceSpec, NetBackendSpec, NetSpec, NvmeSpec, SerialMode, Storage,
@@ -119,11 +121,10 @@ fn boot(config: &MachineConfig) -> Result<BootSource> {
             "--initrd",
             "an image has its own: give --kernel too, or leave --initrd out",
         )),
-        (Some(image), None) => image
-            .parse()
+        (Some(image), None) => release(image)
             .map(BootSource::Image)
             .map_err(|problem| BadInput::new("--image", problem)),
-        (None, None) => Ok(BootSource::Image(ImageName::Debian13)),
+        (None, None) => Ok(BootSource::Image(Release::Debian13)),
     }
 }
 

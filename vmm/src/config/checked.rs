@@ -4,6 +4,8 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use guest_images::Release;
+
 use crate::machine::{MachineSpec, NetSpec, NvmeSpec, OnReboot, SerialMode, VsockSpec};
 
 /// A guest's name: 1 to 48 of `a-z A-Z 0-9 . _ -`, not starting with a dot or a dash. It is the name
@@ -101,50 +103,20 @@ impl fmt::Display for Mac {
     }
 }
 
-/// A Debian release of which Ringside builds images.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum ImageName {
-    /// Bookworm, Linux 6.1.
-    Debian12,
-    /// Trixie, Linux 6.12.
-    Debian13,
-}
-
-impl ImageName {
-    /// All of them.
-    pub const ALL: [Self; 2] = [Self::Debian12, Self::Debian13];
-
-    /// As written on the command line.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Debian12 => "debian-12",
-            Self::Debian13 => "debian-13",
-        }
-    }
-}
-
-impl FromStr for ImageName {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        Self::ALL
-            .into_iter()
-            .find(|image| image.as_str() == text)
-            .ok_or_else(|| format!("`{text}` is not an image: use debian-12 or debian-13"))
-    }
-}
-
-impl fmt::Display for ImageName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
+/// The release that an image's name stands for.
+///
+/// # Errors
+/// It is no image's name; the text says which there are.
+pub fn release(name: &str) -> Result<Release, String> {
+    Release::parse(name)
+        .map_err(|_| format!("`{name}` is not an image: use debian-12 or debian-13"))
 }
 
 /// What to boot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BootSource {
     /// An image that Ringside builds when it is not there yet.
-    Image(ImageName),
+    Image(Release),
     /// Files of the host.
     Files {
         /// bzImage or ELF with a PVH entry.

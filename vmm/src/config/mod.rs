@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 pub use check::{check, check_spec};
-pub use checked::{Accel, BootFiles, BootSource, Checked, GuestName, ImageName, Mac, VsockChoice};
+pub use checked::{Accel, BootFiles, BootSource, Checked, GuestName, Mac, VsockChoice, release};
 pub use device::{NamespaceArg, NamespaceConfig, NetConfig, NvmeConfig, Serial, VsockConfig};
 pub use size::{Size, SizeError};
 

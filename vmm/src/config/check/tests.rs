@@ -11,7 +11,7 @@ fn problem(toml: &str) -> String {
 #[test]
 fn nothing_given_is_a_small_debian_13() {
     let spec = check(&MachineConfig::default()).unwrap();
-    assert_eq!(spec.boot, BootSource::Image(ImageName::Debian13));
+    assert_eq!(spec.boot, BootSource::Image(Release::Debian13));
     assert_eq!((spec.vcpus, spec.memory), (1, 512 << 20));
     assert_eq!(spec.name.as_str(), format!("guest-{}", std::process::id()));
     assert_eq!(
