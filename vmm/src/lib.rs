@@ -11,4 +11,6 @@ pub mod kvm;
 pub mod layout;
 pub mod machine;
 pub mod memory;
+pub mod platform;
 pub mod probe;
+pub mod terminal;

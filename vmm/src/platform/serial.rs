@@ -1,0 +1,155 @@
+//! COM1: vm-superio's 16550 with its interrupt on an IOAPIC pin and back-pressure on its input.
+
+use std::io::{self, Write};
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
+
+use vm_superio::serial::SerialEvents;
+use vm_superio::{Serial as Uart, Trigger};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::PanicWatch;
+use crate::ioapic::IoApic;
+use crate::layout;
+
+/// Output that also goes past the panic watch.
+struct Output {
+    out: Box<dyn Write + Send>,
+    watch: Arc<PanicWatch>,
+}
+
+impl Write for Output {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        data.iter().for_each(|byte| self.watch.byte(*byte));
+        self.out.write(data)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+}
+
+/// The UART's interrupt output as edges on its pin.
+struct Pin(Arc<IoApic>);
+
+impl Trigger for Pin {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.pulse(layout::COM1_PIN);
+        Ok(())
+    }
+}
+
+/// Tells the input side when there is room again.
+struct Room(EventFd);
+
+impl SerialEvents for Room {
+    fn buffer_read(&self) {}
+    fn out_byte(&self) {}
+    fn tx_lost_byte(&self) {}
+    fn in_buffer_empty(&self) {
+        // A full counter says the same.
+        let _ = self.0.write(1);
+    }
+}
+
+/// COM1.
+pub struct Serial {
+    uart: Mutex<Uart<Pin, Room, Output>>,
+    room: EventFd,
+}
+
+impl Serial {
+    /// A port that writes to `out` what the guest sends.
+    ///
+    /// # Errors
+    ///
+    /// No file descriptors are left.
+    pub fn new(
+        ioapic: Arc<IoApic>,
+        out: Box<dyn Write + Send>,
+        watch: Arc<PanicWatch>,
+    ) -> io::Result<Serial> {
+        let room = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        let events = Room(room.try_clone()?);
+        Ok(Serial {
+            uart: Mutex::new(Uart::with_events(
+                Pin(ioapic),
+                events,
+                Output { out, watch },
+            )),
+            room,
+        })
+    }
+
+    fn uart(&self) -> MutexGuard<'_, Uart<Pin, Room, Output>> {
+        self.uart.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A load from register `offset`, 0 to 7.
+    pub fn read(&self, offset: u8) -> u8 {
+        self.uart().read(offset)
+    }
+
+    /// A store to register `offset`, 0 to 7. Output that the host does not take is lost.
+    pub fn write(&self, offset: u8, value: u8) {
+        if let Err(error) = self.uart().write(offset, value) {
+            static WARNED: Once = Once::new();
+            WARNED.call_once(|| tracing::warn!(%error, "the serial line's output is lost"));
+        }
+    }
+
+    /// Gives the guest input and says how many bytes of it its FIFO had room for.
+    pub fn input(&self, data: &[u8]) -> usize {
+        // The only error is a full FIFO: the interrupt never fails.
+        self.uart().enqueue_raw_bytes(data).unwrap_or(0)
+    }
+
+    /// Signalled when the guest has read all its input. Non-blocking.
+    pub fn room(&self) -> &EventFd {
+        &self.room
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use iommu::{MsiLine, MsiMessage};
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Counter(Mutex<u32>);
+
+    impl MsiLine for Counter {
+        fn retarget(&self, _message: MsiMessage) -> io::Result<()> {
+            Ok(())
+        }
+        fn fire(&self) {
+            *self.0.lock().unwrap() += 1;
+        }
+    }
+
+    #[test]
+    fn input_waits_for_room_and_raises_the_pin() {
+        let counter = Arc::new(Counter::default());
+        let lines = (0..24)
+            .map(|_| Arc::clone(&counter) as Arc<dyn MsiLine>)
+            .collect();
+        let ioapic = Arc::new(IoApic::new(lines));
+        ioapic.write(0, &[0x18]);
+        ioapic.write(0x10, &0x31u32.to_le_bytes());
+        let serial = Serial::new(ioapic, Box::new(io::sink()), Arc::default()).unwrap();
+        serial.write(1, 1); // Interrupt on received data.
+        let data = [b'x'; 100];
+        let first = serial.input(&data);
+        assert!(first > 0 && first < data.len());
+        assert_eq!(*counter.0.lock().unwrap(), 1);
+        assert_eq!(serial.input(&data), 0);
+        assert!(serial.room().read().is_err(), "no room yet");
+        for _ in 0..first {
+            assert_eq!(serial.read(0), b'x');
+        }
+        assert_eq!(serial.room().read().unwrap(), 1);
+        assert!(serial.input(&data) > 0);
+    }
+}
