@@ -8,4 +8,4 @@ mod vcpu;
 
 pub use cpuid::{CpuidTemplate, to_kvm};
 pub use state::StateError;
-pub use vcpu::{CpuError, ExitCounts, FirstExit, GuestBus, Outcome, Request, Vcpu, VcpuThread};
+pub use vcpu::{CpuError, ExitCounts, GuestBus, Outcome, Request, Vcpu, VcpuThread};

@@ -4,7 +4,6 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Once, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
 
 use iommu::GuestRam;
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
@@ -14,6 +13,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use super::{CpuidTemplate, StateError, msr, report, state, to_kvm};
 use crate::boot::Entry;
 use crate::kvm::{KvmError, KvmStats};
+use crate::machine::BootTrace;
 
 /// What the guest asked for by writing to a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,7 +155,7 @@ impl Vcpu {
         KvmStats::open(&self.fd)
     }
 
-    /// Starts its thread. `ended` is called at most once, from that thread, and not when the thread
+    /// Starts its thread; the boot processor's first entry and exit go to `trace`. `ended` is called at most once, from that thread, and not when the thread
     /// was stopped from outside.
     ///
     /// # Errors
@@ -164,7 +164,7 @@ impl Vcpu {
     pub fn start(
         mut self,
         bus: Arc<dyn GuestBus>,
-        timing: Arc<FirstExit>,
+        trace: Arc<BootTrace>,
         ended: impl FnOnce(Outcome) + Send + 'static,
     ) -> Result<VcpuThread, CpuError> {
         install_kick();
@@ -180,7 +180,7 @@ impl Vcpu {
         let thread = thread::Builder::new()
             .name(format!("vcpu{id}"))
             .spawn(move || {
-                let outcome = run(&mut self, &*bus, &inside, &timing);
+                let outcome = run(&mut self, &*bus, &inside, &trace);
                 // The page goes away with the descriptor: nobody may kick after this.
                 inside
                     .immediate_exit
@@ -193,25 +193,6 @@ impl Vcpu {
             })
             .map_err(CpuError::Thread)?;
         Ok(VcpuThread { shared, thread })
-    }
-}
-
-/// When the machine's first instruction ran, as nearly as the outside can tell.
-#[derive(Default)]
-pub struct FirstExit {
-    entered: std::sync::OnceLock<Instant>,
-    exited: std::sync::OnceLock<Instant>,
-}
-
-impl FirstExit {
-    /// Just before the guest was entered for the first time.
-    pub fn entered(&self) -> Option<Instant> {
-        self.entered.get().copied()
-    }
-
-    /// When it first came out: by then at least one guest instruction has run.
-    pub fn exited(&self) -> Option<Instant> {
-        self.exited.get().copied()
     }
 }
 
@@ -286,26 +267,19 @@ fn install_kick() {
     });
 }
 
-fn run(
-    vcpu: &mut Vcpu,
-    bus: &dyn GuestBus,
-    shared: &Shared,
-    timing: &FirstExit,
-) -> Option<Outcome> {
+fn run(vcpu: &mut Vcpu, bus: &dyn GuestBus, shared: &Shared, trace: &BootTrace) -> Option<Outcome> {
     let counters = &shared.counters;
     let count = |counter: &AtomicU64| {
         counter.fetch_add(1, Ordering::Relaxed);
     };
     let first = vcpu.id == 0;
     if first {
-        let _ = timing.entered.set(Instant::now());
+        trace.step("guest entered");
     }
-    let mut untimed = first;
     while !shared.stop.load(Ordering::SeqCst) {
         let exit = vcpu.fd.run();
-        if untimed {
-            untimed = false;
-            let _ = timing.exited.set(Instant::now());
+        if first {
+            trace.first_exit();
         }
         let failure = match exit {
             Ok(VcpuExit::MmioWrite(address, data)) => {

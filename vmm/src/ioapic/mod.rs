@@ -83,6 +83,13 @@ impl IoApic {
         self.set_level(pin, false);
     }
 
+    /// Whether the guest lets nothing through from a pin. True for a pin that does not exist.
+    pub fn is_masked(&self, pin: u8) -> bool {
+        let state = self.state();
+        let pin = state.pins.get(usize::from(pin));
+        pin.is_none_or(|pin| pin.entry.masked())
+    }
+
     /// The end of the interrupts with this vector, from an EOI exit or the EOI register.
     pub fn end_of_interrupt(&self, vector: u8) {
         let mut state = self.state();

@@ -11,6 +11,9 @@ use super::PanicWatch;
 use crate::ioapic::IoApic;
 use crate::layout;
 
+/// Offset of the modem control register.
+const MODEM_CONTROL: u8 = 4;
+
 /// Output that also goes past the panic watch.
 struct Output {
     out: Box<dyn Write + Send>,
@@ -97,6 +100,10 @@ impl Serial {
             static WARNED: Once = Once::new();
             WARNED.call_once(|| tracing::warn!(%error, "the serial line's output is lost"));
         }
+        if offset == MODEM_CONTROL {
+            // It may have left loopback mode, in which no input is taken.
+            let _ = self.room.write(1);
+        }
     }
 
     /// Gives the guest input and says how many bytes of it its FIFO had room for.
@@ -105,7 +112,7 @@ impl Serial {
         self.uart().enqueue_raw_bytes(data).unwrap_or(0)
     }
 
-    /// Signalled when the guest has read all its input. Non-blocking.
+    /// Signalled when the guest has read all its input, and when it may take input again. Non-blocking.
     pub fn room(&self) -> &EventFd {
         &self.room
     }
