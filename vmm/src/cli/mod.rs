@@ -4,7 +4,9 @@ mod cp;
 mod doctor;
 mod exec;
 mod guests;
+mod here;
 mod image;
+mod run;
 
 use std::fmt;
 use std::io::{self, Write};
@@ -43,6 +45,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Start a guest, and run it to its end
+    Run(Box<run::RunArgs>),
     /// Run a command in a running guest
     Exec(exec::ExecArgs),
     /// Copy a file into a running guest or out of one
@@ -122,6 +126,7 @@ pub fn main() -> ExitCode {
     };
     start_log(cli.verbose);
     let done = match cli.command {
+        Command::Run(args) => run::main(*args),
         Command::Exec(args) => exec::main(args),
         Command::Cp(args) => cp::main(&args),
         Command::List(args) => guests::list_main(&args),

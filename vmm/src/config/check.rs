@@ -490,11 +490,17 @@ const IFF_MULTI_QUEUE: u32 = 0x0100;
 fn tap_interface(name: &str, pairs: u16) -> Result<()> {
     let option = format!("--net tap={name}");
     let bad = |problem: String| BadInput::new(&option, problem);
-    let sys = Path::new("/sys/class/net").join(name);
-    if !sys.exists() {
+    let Some(index) = interface_index(name) else {
         return Err(bad(format!(
             "no such interface: make it with `ip tuntap add {name} mode tap multi_queue user $USER`"
         )));
+    };
+    // A process in a network namespace of its own may look at another one's /sys. What cannot be
+    // looked at is found out when the interface is opened.
+    let sys = Path::new("/sys/class/net").join(name);
+    let seen = fs::read_to_string(sys.join("ifindex")).ok();
+    if seen.and_then(|text| text.trim().parse().ok()) != Some(index) {
+        return Ok(());
     }
     // Present for tun and tap interfaces alone.
     let flags = fs::read_to_string(sys.join("tun_flags"))
@@ -529,6 +535,12 @@ fn tap_interface(name: &str, pairs: u16) -> Result<()> {
         )));
     }
     Ok(())
+}
+
+fn interface_index(name: &str) -> Option<u32> {
+    use rustix::net::{AddressFamily, SocketType, netdevice, socket};
+    let socket = socket(AddressFamily::UNIX, SocketType::DGRAM, None).ok()?;
+    netdevice::name_to_index(&socket, name).ok()
 }
 
 fn output_file(path: &Path) -> Result<()> {

@@ -98,7 +98,7 @@ impl MachineError {
     pub fn option(&self) -> Option<&'static str> {
         match self {
             MachineError::MemorySize { .. } => Some("--memory"),
-            MachineError::Vcpus(_) => Some("--cpus"),
+            MachineError::Vcpus(_) => Some("--vcpus"),
             MachineError::Boot(BootError::CommandLine(_)) => Some("--cmdline"),
             MachineError::Boot(_) => Some("--kernel"),
             MachineError::SerialFile(..) => Some("--serial"),
