@@ -3,5 +3,6 @@
 
 pub mod block;
 pub mod net;
+pub mod nvme;
 pub mod virtio;
 pub mod worker;
