@@ -5,6 +5,7 @@
 //! * [`progress`] reports long work: a bar on a terminal, plain lines elsewhere.
 //! * [`agent`] talks to the agent in a running guest: run programs, copy files, shut down.
 //! * [`image`] builds images: a kernel as shipped and an initramfs with tools and the agent.
+//! * [`lab`] is the nested host, in which guests run where the machine's own KVM cannot.
 //! * [`cache`] is the folder where all of this is kept, with its locks and atomic builds.
 
 pub mod agent;
@@ -12,6 +13,7 @@ pub mod apt;
 pub mod cache;
 mod error;
 pub mod image;
+pub mod lab;
 pub mod progress;
 #[path = "../agent/protocol.rs"]
 mod protocol;

@@ -1,0 +1,257 @@
+//! The nested host for real: QEMU, its kernel, the relay, and KVM inside.
+//!
+//! The first run fetches packages (about 150 MB) into the cache folder.
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use guest_images::lab::{
+    Exit, LabCommand, LabDisk, LabError, LabSpec, Output, Relay, Session, relay_main,
+};
+use guest_images::{CacheDir, progress};
+
+/// Inside the nested host, this test program is the relay.
+#[test]
+#[ignore = "runs as the first process of the nested host only"]
+fn relay_entry() {
+    relay_main();
+}
+
+fn spec() -> LabSpec {
+    let mut spec = LabSpec::new().unwrap();
+    spec.relay = Relay {
+        executable: std::env::current_exe().unwrap(),
+        arguments: ["--exact", "relay_entry", "--ignored", "--nocapture"]
+            .map(Into::into)
+            .to_vec(),
+    };
+    spec
+}
+
+fn start(spec: LabSpec) -> Result<Session, LabError> {
+    let cache = CacheDir::discover().unwrap();
+    Session::start(spec, &cache, &*progress::on_stderr())
+}
+
+fn shell(script: &str) -> LabCommand {
+    LabCommand::new(["sh", "-c", script]).unwrap().captured()
+}
+
+#[track_caller]
+fn output(session: &Session, script: &str) -> String {
+    let finished = session.command(shell(script)).unwrap();
+    let text = String::from_utf8_lossy(&finished.stdout).into_owned();
+    let errors = String::from_utf8_lossy(&finished.stderr);
+    assert_eq!(finished.exit, Exit::Code(0), "{script}: {text}{errors}");
+    text
+}
+
+/// Waits for something that has no event, with a limit that only a failure reaches.
+fn eventually(mut condition: impl FnMut() -> bool) {
+    let until = Instant::now() + Duration::from_secs(120);
+    while !condition() {
+        assert!(Instant::now() < until, "it did not happen");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn a_nested_host_runs_commands_like_the_machine() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let image = path("disk.img");
+    fs::write(&image, vec![0x5a; 8 << 20]).unwrap();
+    let disk = File::options().read(true).write(true).open(&image).unwrap();
+    disk.lock().unwrap();
+    let mut spec = spec();
+    spec.writable_dirs = vec![folder.path().to_owned()];
+    spec.disks = vec![LabDisk {
+        path: image.clone(),
+        file: disk.try_clone().unwrap(),
+        readonly: false,
+    }];
+    let session = start(spec).unwrap();
+
+    a_host_for_virtual_machines(&session);
+    files_are_shared(&session, folder.path());
+    a_disk_is_a_block_device(&session, &image, &disk);
+    sockets_cross(&session, folder.path());
+    signals_and_statuses(&session);
+
+    drop(disk);
+    let other = File::options().write(true).open(&image).unwrap();
+    assert!(other.try_lock().is_err(), "the nested host holds the lock");
+    drop(session);
+    other.try_lock().unwrap();
+}
+
+fn a_host_for_virtual_machines(session: &Session) {
+    output(
+        session,
+        "test -w /dev/kvm -a -w /dev/net/tun -a -w /dev/vhost-net",
+    );
+    output(
+        session,
+        "test -c /dev/loop-control -a -w /dev/vhost-vsock -a -d /dev/shm",
+    );
+    output(
+        session,
+        "test -e /sys/kernel/debug/kvm -a -e /sys/kernel/tracing/events/kvm",
+    );
+    assert_eq!(output(session, "cat /sys/class/net/lo/flags"), "0x9\n");
+    assert_eq!(
+        output(session, "cat /proc/sys/kernel/io_uring_disabled"),
+        "0\n"
+    );
+    assert_eq!(
+        output(session, "cat /sys/module/kvm_amd/parameters/npt; nproc"),
+        "Y\n2\n"
+    );
+    let hostname = rustix::system::uname()
+        .nodename()
+        .to_string_lossy()
+        .into_owned();
+    assert_eq!(output(session, "uname -n").trim_end(), hostname);
+}
+
+fn files_are_shared(session: &Session, folder: &Path) {
+    let file = folder.join("result");
+    let name = file.display();
+    output(
+        session,
+        &format!("umask; echo from inside > {name}; sync {name}"),
+    );
+    assert_eq!(fs::read(&file).unwrap(), b"from inside\n");
+    fs::write(&file, b"from outside\n").unwrap();
+    assert_eq!(output(session, &format!("cat {name}")), "from outside\n");
+    // All else is not changed for real.
+    let elsewhere = format!("/var/tmp/ringside-lab-test-{}", std::process::id());
+    output(
+        session,
+        &format!("echo x > {elsewhere}; test -s {elsewhere}"),
+    );
+    assert!(!Path::new(&elsewhere).exists());
+}
+
+fn a_disk_is_a_block_device(session: &Session, image: &Path, disk: &File) {
+    let name = image.display();
+    assert_eq!(
+        output(
+            session,
+            &format!("test -b {name} && blockdev --getsize64 {name}")
+        ),
+        "8388608\n"
+    );
+    // Buffered, direct and discarding writes all reach the image before the command's end.
+    let direct =
+        format!("dd if=/dev/zero bs=4096 count=1 seek=2 oflag=direct conv=notrunc of={name}");
+    output(
+        session,
+        &format!("printf inside | dd of={name} conv=notrunc && {direct}"),
+    );
+    let mut start = [0; 12288];
+    disk.read_exact_at(&mut start, 0).unwrap();
+    assert_eq!(&start[..7], b"insideZ");
+    assert!(start[8191] == 0x5a && start[8192..].iter().all(|byte| *byte == 0));
+    let blocks = || std::os::unix::fs::MetadataExt::blocks(&fs::metadata(image).unwrap());
+    let before = blocks();
+    output(
+        session,
+        &format!("fallocate --punch-hole --offset 1MiB --length 4MiB {name}"),
+    );
+    assert!(before - blocks() >= 8000, "{before} {}", blocks());
+}
+
+fn sockets_cross(session: &Session, folder: &Path) {
+    let socket = folder.join("server.sock");
+    let script = "import socket, sys\n\
+        server = socket.socket(socket.AF_UNIX)\n\
+        server.bind(sys.argv[1])\n\
+        server.listen()\n\
+        peer = server.accept()[0]\n\
+        data = b''\n\
+        while part := peer.recv(1 << 20): data += part\n\
+        peer.sendall(data)\n\
+        peer.close()\n\
+        out = socket.socket(socket.AF_UNIX)\n\
+        out.connect(sys.argv[1] + '_77')\n\
+        out.sendall(b'hello outside')\n";
+    let mut command = LabCommand::new(["python3", "-c", script])
+        .unwrap()
+        .captured();
+    command.argv.push(socket.clone().into());
+    command.sockets = vec![socket.clone()];
+    command.outward = vec![socket.clone()];
+    let listener = std::os::unix::net::UnixListener::bind(folder.join("server.sock_77")).unwrap();
+    let running = session.spawn(command).unwrap();
+    eventually(|| {
+        UnixStream::connect(&socket).is_ok_and(|peer| {
+            let data: Vec<u8> = (0..10_000_000_u32).map(|n| n.to_le_bytes()[1]).collect();
+            let mut writer = peer.try_clone().unwrap();
+            let sent = data.clone();
+            let sender = std::thread::spawn(move || {
+                writer.write_all(&sent).unwrap();
+                writer.shutdown(std::net::Shutdown::Write).unwrap();
+            });
+            let mut answer = Vec::new();
+            (&peer).read_to_end(&mut answer).unwrap();
+            sender.join().unwrap();
+            assert!(answer == data, "{} bytes", answer.len());
+            true
+        })
+    });
+    let mut text = String::new();
+    listener
+        .accept()
+        .unwrap()
+        .0
+        .read_to_string(&mut text)
+        .unwrap();
+    assert_eq!(text, "hello outside");
+    let finished = running.wait().unwrap();
+    let errors = String::from_utf8_lossy(&finished.stderr);
+    assert_eq!(finished.exit, Exit::Code(0), "{errors}");
+    assert!(!socket.exists());
+}
+
+fn signals_and_statuses(session: &Session) {
+    assert_eq!(
+        session.command(shell("exit 77")).unwrap().exit,
+        Exit::Code(77)
+    );
+    assert_eq!(
+        session.command(shell("kill -SEGV $$")).unwrap().exit,
+        Exit::Signal(11)
+    );
+    let (read, write) = rustix::pipe::pipe().unwrap();
+    let mut command = shell("trap 'exit 42' INT; echo ready; while :; do sleep 0.1; done");
+    command.stdout = Output::File(write);
+    let running = session.spawn(command).unwrap();
+    File::from(read).read_exact(&mut [0; 6]).unwrap();
+    running.signal(2);
+    assert_eq!(running.wait().unwrap().exit, Exit::Code(42));
+}
+
+#[test]
+fn a_panic_inside_is_an_error_with_the_last_messages() {
+    let session = start(spec()).unwrap();
+    let panic = shell("echo c > /proc/sysrq-trigger; sleep 60");
+    let error = session.command(panic).unwrap_err();
+    let LabError::HostDied { how, log } = &error else {
+        panic!("{error}");
+    };
+    assert!(how.contains("ended unexpectedly"), "{how}");
+    assert!(log.contains("Kernel panic"), "{log}");
+}
+
+#[test]
+fn a_relay_that_does_not_start_is_an_error() {
+    let mut spec = spec();
+    spec.relay.executable = "/bin/false".into();
+    let error = start(spec).unwrap_err();
+    assert!(matches!(&error, LabError::HostDied { .. }), "{error}");
+}
