@@ -23,6 +23,8 @@ mod machine;
 mod memory;
 mod test_device;
 
+pub mod fuzz;
+
 pub use events::EventTable;
 pub use function::{GuestBar, GuestFunction, GuestVector};
 pub use interrupts::{Delivery, Recorder};

@@ -95,25 +95,35 @@ impl Machine {
         &self.events
     }
 
-    /// A CPU's load of 1 to 8 bytes. Where nothing answers it reads as ones.
+    /// A CPU's load of an object of 1 to 8 bytes. Where nothing answers it reads as ones.
     pub fn read<T: ByteValued>(&self, address: Gpa) -> T {
-        let at = GuestAddress(address.0);
         let mut value = T::zeroed();
-        if self.ram.check_range(at, size_of::<T>()) {
-            value = self.ram.read_obj(at).expect("RAM");
-        } else if !self.root.mmio_read(address, value.as_mut_slice()) {
-            value.as_mut_slice().fill(0xff);
-        }
+        self.load(address, value.as_mut_slice());
         value
     }
 
-    /// A CPU's store of 1 to 8 bytes. Where nothing answers it is lost.
+    /// A CPU's store of an object of 1 to 8 bytes. Where nothing answers it is lost.
     pub fn write<T: ByteValued>(&self, address: Gpa, value: T) {
+        self.store(address, value.as_slice());
+    }
+
+    /// A CPU's load, as [`Machine::read`].
+    pub fn load(&self, address: Gpa, data: &mut [u8]) {
         let at = GuestAddress(address.0);
-        if self.ram.check_range(at, size_of::<T>()) {
-            self.ram.write_obj(value, at).expect("RAM");
-        } else if !self.events.store(address.0, value.as_slice()) {
-            self.root.mmio_write(address, value.as_slice());
+        if self.ram.check_range(at, data.len()) {
+            self.ram.read_slice(data, at).expect("RAM");
+        } else if !self.root.mmio_read(address, data) {
+            data.fill(0xff);
+        }
+    }
+
+    /// A CPU's store, as [`Machine::write`].
+    pub fn store(&self, address: Gpa, data: &[u8]) {
+        let at = GuestAddress(address.0);
+        if self.ram.check_range(at, data.len()) {
+            self.ram.write_slice(data, at).expect("RAM");
+        } else if !self.events.store(address.0, data) {
+            self.root.mmio_write(address, data);
         }
     }
 

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use iommu::{Access, BusMaster, DmaError, DmaMemory, Iova, PinnedBuffers};
+use iommu::{Access, Bdf, BusMaster, DmaError, DmaMemory, Iova, PinnedBuffers};
 use pci::{
     BarIndex, BarKind, ClassCode, Endpoint, FunctionBuilder, Identity, IoEvent, IoLength,
     MsixVector, PciDevice,
@@ -32,8 +32,8 @@ pub enum Call {
 /// memory to read and write.
 ///
 /// BAR 0 (64 bits): registers from 0, doorbell at [`TestDevice::DOORBELL`], MSI-X table and PBA in
-/// the second half. BAR 2 (32 bits): registers. Reads give what was
-/// written last.
+/// the second half. BAR 2 (32 bits): registers. They read as written last; after a reset, as
+/// [`TestDevice::fresh`] says.
 pub struct TestDevice {
     master: BusMaster,
     vectors: Vec<MsixVector>,
@@ -83,15 +83,16 @@ impl TestDevice {
     /// A device for this function.
     pub fn new(endpoint: &Endpoint) -> Arc<TestDevice> {
         let msix = endpoint.msix();
-        let bar = |size| vec![0; usize::try_from(size).expect("small")];
-        Arc::new(TestDevice {
+        let device = TestDevice {
             master: endpoint.bus_master(),
             vectors: (0..msix.vectors()).filter_map(|i| msix.vector(i)).collect(),
-            registers: Mutex::new([bar(Self::BAR0_SIZE), Vec::new(), bar(Self::BAR2_SIZE)]),
+            registers: Mutex::default(),
             calls: Mutex::default(),
             capability_reads: AtomicU64::new(0),
             doorbell: EventFd::new(EFD_NONBLOCK).expect("eventfd"),
-        })
+        };
+        device.fill();
+        Arc::new(device)
     }
 
     /// Builds one with `vectors` vectors and plugs it in at 00:`slot`.0.
@@ -100,6 +101,22 @@ impl TestDevice {
         let device = Self::new(&endpoint);
         machine.attach(endpoint, Arc::<TestDevice>::clone(&device));
         device
+    }
+
+    /// What a register byte of a function reads as after reset: another value in each function, BAR
+    /// and 256 bytes.
+    pub fn fresh(bdf: Bdf, bar: BarIndex, offset: u64) -> u8 {
+        let page = offset.to_le_bytes()[1];
+        (bdf.device() << 4) ^ (bar.0 << 2) ^ page ^ 1
+    }
+
+    fn fill(&self) {
+        let bdf = Bdf::from_requester_id(self.master.source.0);
+        let bar = |index, size| {
+            let bytes = (0..size).map(|offset| Self::fresh(bdf, BarIndex(index), offset));
+            bytes.collect()
+        };
+        *self.registers() = [bar(0, Self::BAR0_SIZE), Vec::new(), bar(2, Self::BAR2_SIZE)];
     }
 
     /// Raises interrupt `vector`.
@@ -174,9 +191,7 @@ impl PciDevice for TestDevice {
     }
 
     fn reset(&self) {
-        for bar in self.registers().iter_mut() {
-            bar.fill(0);
-        }
+        self.fill();
         let bus_master = self.master.dma.bus_master();
         self.calls().push(Call::Reset { bus_master });
     }

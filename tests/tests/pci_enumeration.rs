@@ -391,7 +391,8 @@ fn function_level_reset_puts_everything_back() {
     // And it works again, with nothing left over from before.
     let function = GuestFunction::probe(&machine, 3);
     let vector = function.vector(0);
-    assert_eq!(function.bar(0).read::<u8>(0), 0);
+    let register: u8 = function.bar(0).read(0);
+    assert_eq!(register, TestDevice::fresh(function.bdf(), BarIndex(0), 0));
     assert!(!vector.pending());
     assert_eq!(vector.count(), 0);
     let again = function.setup_msix(1);

@@ -77,7 +77,7 @@ impl Control {
 /// rewrites and unmasks an entry costs one change of route.
 ///
 /// When the host refuses a line or a route, the vector stays blocked and pending, and the host is
-/// asked again at the guest's next write to the entry or to a control bit.
+/// asked again at the guest's next write to the entry or change of a control bit.
 pub struct Msix {
     master: BusMaster,
     vectors: Box<[Vector]>,

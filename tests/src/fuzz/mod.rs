@@ -1,0 +1,13 @@
+//! Fuzz targets as plain functions of bytes: the bytes are what a hostile guest does.
+//!
+//! Each runs a device against a plain model where there is one, and panics where they differ. They
+//! are run three ways: by cargo-fuzz (`tests/fuzz/`), over the seed corpus and over random bytes by
+//! `cargo test`.
+
+mod input;
+mod pci_bus;
+mod pci_msix;
+
+pub use input::Input;
+pub use pci_bus::pci_bus;
+pub use pci_msix::pci_msix;
