@@ -22,6 +22,7 @@ mod interrupts;
 mod machine;
 mod memory;
 mod test_device;
+pub mod virtio;
 
 pub mod fuzz;
 

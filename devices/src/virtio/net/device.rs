@@ -256,6 +256,7 @@ impl VirtioNet {
             active_pairs: self.core.active_pairs(),
             link_up: self.core.link_up.load(Ordering::Acquire),
             pairs: pairs.collect(),
+            backend_drops: self.core.backend.drops(),
             commands: self.core.commands.get(),
             faults: self.core.transport.get().map_or(0, |t| t.faults()),
         }

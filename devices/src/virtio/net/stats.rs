@@ -54,6 +54,8 @@ pub struct NetStats {
     pub link_up: bool,
     /// Each pair.
     pub pairs: Vec<PairStats>,
+    /// Packets that the back end dropped, in both directions.
+    pub backend_drops: u64,
     /// Control commands taken.
     pub commands: u64,
     /// Times that the driver broke the device.
