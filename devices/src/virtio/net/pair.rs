@@ -23,6 +23,8 @@ pub(super) struct Pair {
     pub(super) transmit: Option<Transmit>,
     backend: Box<dyn NetQueue>,
     link_up: Arc<AtomicBool>,
+    /// Receive gets the odd unit of the next budget.
+    receive_favoured: bool,
     /// The last poll could work: see [`DmaTask::enter`].
     running: bool,
     /// The last poll found the link up.
@@ -37,6 +39,7 @@ impl Pair {
             transmit: None,
             backend,
             link_up,
+            receive_favoured: false,
             running: false,
             link_was_up: false,
         }
@@ -71,7 +74,7 @@ impl Pair {
 
 impl QueueTask for Pair {
     /// Half of the budget is receive's; transmit gets the other half and what receive left. So
-    /// neither direction can starve the other.
+    /// neither direction can starve the other. An odd unit goes to each in turn.
     fn poll(&mut self, budget: u32) -> Polled {
         let mut polled = Polled::default();
         self.link_was_up = self.link_up.load(Ordering::Acquire);
@@ -80,25 +83,36 @@ impl QueueTask for Pair {
             return polled;
         };
         self.running = true;
+        self.receive_favoured = !self.receive_favoured;
+        let share = match &self.transmit {
+            Some(_) if self.receive_favoured => budget.div_ceil(2),
+            Some(_) => budget / 2,
+            None => budget,
+        };
         let mem = self.dma.mem();
-        let transmits = self.transmit.is_some();
-        if let Some(receive) = &mut self.receive
-            && self.link_was_up
+        let backend = &mut *self.backend;
+        let link_up = self.link_was_up;
+        let mut receive = self.receive.as_mut().filter(|_| link_up);
+        let mut poll_receive = |polled: &mut Polled, backend: &mut dyn NetQueue, share| {
+            if let Some(receive) = &mut receive
+                && share > 0
+            {
+                let (work, events) = receive.poll(mem, backend, share);
+                polled.work += work;
+                polled.events[RECEIVE] = events;
+            }
+        };
+        poll_receive(&mut polled, backend, share);
+        let left = budget.saturating_sub(polled.work);
+        if let Some(transmit) = &mut self.transmit
+            && left > 0
         {
-            let share = if transmits {
-                budget.div_ceil(2)
-            } else {
-                budget
-            };
-            let (work, events) = receive.poll(mem, &mut *self.backend, share);
-            polled.work += work;
-            polled.events[RECEIVE] = events;
-        }
-        if let Some(transmit) = &mut self.transmit {
-            let share = budget.saturating_sub(polled.work).max(1);
-            let (work, events) = transmit.poll(mem, &mut *self.backend, share, self.link_was_up);
+            let (work, events) = transmit.poll(mem, backend, left, link_up);
             polled.work += work;
             polled.events[TRANSMIT] = events;
+        }
+        if share == 0 && polled.work == 0 {
+            poll_receive(&mut polled, backend, budget);
         }
         polled
     }
