@@ -9,10 +9,12 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use guest_images::CacheDir;
+use guest_images::apt::Freshness;
 use guest_images::lab::{
-    Exit, LabCommand, LabDisk, LabError, LabSpec, Output, Relay, Session, relay_main,
+    Exit, LabCommand, LabDisk, LabError, LabImage, LabSpec, Output, Relay, Session, relay_main,
 };
-use guest_images::{CacheDir, progress};
+use guest_images::progress::{self, Silent};
 
 /// Inside the nested host, this test program is the relay.
 #[test]
@@ -79,6 +81,7 @@ fn a_nested_host_runs_commands_like_the_machine() {
     a_host_for_virtual_machines(&session);
     files_are_shared(&session, folder.path());
     a_disk_is_a_block_device(&session, &image, &disk);
+    a_linux_guest_boots(&session);
     sockets_cross(&session, folder.path());
     signals_and_statuses(&session);
 
@@ -116,6 +119,36 @@ fn a_host_for_virtual_machines(session: &Session) {
         .to_string_lossy()
         .into_owned();
     assert_eq!(output(session, "uname -n").trim_end(), hostname);
+}
+
+/// QEMU stands in for a VMM. The guest is the nested host's own kernel and busybox.
+fn a_linux_guest_boots(session: &Session) {
+    let cache = CacheDir::discover().unwrap();
+    let image = LabImage::prepare(&cache, Freshness::Cached, &Silent).unwrap();
+    let qemu = image.program("qemu-system-x86_64");
+    let mut argv = vec![qemu.get_program().to_owned()];
+    argv.extend(qemu.get_args().map(ToOwned::to_owned));
+    argv.extend(
+        "-nodefaults -no-user-config -display none -no-reboot -M q35 -accel kvm -cpu host -m 256 \
+         -bios qboot.rom -serial stdio"
+            .split(' ')
+            .map(Into::into),
+    );
+    for firmware in image.firmware() {
+        argv.extend(["-L".into(), firmware.into()]);
+    }
+    argv.extend(["-kernel".into(), image.kernel().into()]);
+    argv.extend(["-initrd".into(), image.initramfs().into()]);
+    let append = "console=ttyS0 quiet mitigations=off panic=-1 rdinit=/bin/busybox -- sh -c \
+                  \"/bin/busybox echo up: $((6*7)); /bin/busybox poweroff -f\"";
+    argv.extend(["-append".into(), append.into()]);
+    let finished = session
+        .command(LabCommand::new(argv).unwrap().captured())
+        .unwrap();
+    let console = String::from_utf8_lossy(&finished.stdout);
+    let errors = String::from_utf8_lossy(&finished.stderr);
+    assert!(console.contains("up: 42"), "{console}\n{errors}");
+    assert!(finished.exit.is_success(), "{console}\n{errors}");
 }
 
 fn files_are_shared(session: &Session, folder: &Path) {

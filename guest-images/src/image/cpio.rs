@@ -16,7 +16,7 @@ const S_IFLNK: u32 = 0o120_000;
 /// Sorted paths put every folder before what is in it, as the kernel needs it, and make the
 /// archive the same every time.
 #[derive(Debug, Default)]
-pub(super) struct Tree(BTreeMap<String, Node>);
+pub(crate) struct Tree(BTreeMap<String, Node>);
 
 #[derive(Debug)]
 enum Node {
@@ -27,25 +27,25 @@ enum Node {
 }
 
 impl Tree {
-    pub(super) fn dir(&mut self, path: &str, mode: u32) {
+    pub(crate) fn dir(&mut self, path: &str, mode: u32) {
         self.add(path, Node::Dir { mode });
     }
 
-    pub(super) fn file(&mut self, path: &str, mode: u32, content: impl Into<Vec<u8>>) {
+    pub(crate) fn file(&mut self, path: &str, mode: u32, content: impl Into<Vec<u8>>) {
         let content = content.into();
         self.add(path, Node::File { mode, content });
     }
 
-    pub(super) fn link(&mut self, path: &str, target: &str) {
+    pub(crate) fn link(&mut self, path: &str, target: &str) {
         let target = target.to_owned();
         self.add(path, Node::Link { target });
     }
 
-    pub(super) fn char_device(&mut self, path: &str, mode: u32, major: u32, minor: u32) {
+    pub(crate) fn char_device(&mut self, path: &str, mode: u32, major: u32, minor: u32) {
         self.add(path, Node::CharDevice { mode, major, minor });
     }
 
-    pub(super) fn contains(&self, path: &str) -> bool {
+    pub(crate) fn contains(&self, path: &str) -> bool {
         self.0.contains_key(path)
     }
 
@@ -57,7 +57,7 @@ impl Tree {
         self.0.insert(path.to_owned(), node);
     }
 
-    pub(super) fn write(&self, out: &mut impl Write) -> io::Result<()> {
+    pub(crate) fn write(&self, out: &mut impl Write) -> io::Result<()> {
         for (number, (path, node)) in (1..).zip(&self.0) {
             let (mode, content, device) = match node {
                 Node::Dir { mode } => (S_IFDIR | mode, &[][..], (0, 0)),

@@ -4,10 +4,10 @@
 //! with PVH entry), `initramfs.cpio` and `manifest.json`. It appears all at once, and a process
 //! that builds it holds a lock, so nobody ever sees a part of it.
 
-mod cpio;
+pub(crate) mod cpio;
 mod elf;
 mod kernel;
-mod modules;
+pub(crate) mod modules;
 mod programs;
 mod stub;
 

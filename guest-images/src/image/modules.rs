@@ -72,6 +72,30 @@ pub(super) fn add(tree: &mut Tree, kernel: &KernelFiles) -> Result<()> {
     Ok(())
 }
 
+/// Reads some modules and all that they need, in an order in which they can be loaded.
+pub(crate) fn in_load_order(
+    kernel: &KernelFiles,
+    names: &[&str],
+) -> Result<Vec<(String, Vec<u8>)>> {
+    let available = Available::read(&kernel.modules)?;
+    let mut chosen = BTreeMap::new();
+    for name in names {
+        if !available.files.contains_key(*name) && !available.built_in.contains(*name) {
+            return Err(Error::malformed(
+                "kernel package",
+                format!("has no module {name}"),
+            ));
+        }
+        available.choose(name, &mut chosen)?;
+    }
+    let mut order = Vec::new();
+    for name in names {
+        collect_needed(name, &chosen, &mut order);
+    }
+    let content = |name: &str| Some((name.to_owned(), chosen.get(name)?.content.clone()));
+    Ok(order.into_iter().filter_map(content).collect())
+}
+
 /// What the kernel package has.
 struct Available {
     dir: PathBuf,

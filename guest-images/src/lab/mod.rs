@@ -26,7 +26,6 @@
 //! cannot be punched or preallocated, for which disk images are attached as block devices
 //! ([`LabDisk`]); standard input is read ahead by up to 256 KiB.
 
-mod cpio;
 mod image;
 mod mux;
 mod outside;

@@ -2,7 +2,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::process::CommandExt;
@@ -17,9 +17,9 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, PidfdFlags, Signal};
 
-use super::cpio::Cpio;
 use super::image::LabImage;
 use super::{LabError, LabSpec};
+use crate::image::cpio::Tree;
 
 /// Name of the virtio-serial port that leads outside.
 pub(super) const PORT_NAME: &str = "org.ringside.lab";
@@ -224,13 +224,14 @@ fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
 
 /// The image's initramfs with the relay's command line added.
 fn initramfs(image: &LabImage, spec: &LabSpec) -> io::Result<File> {
-    let mut cpio = Cpio::default();
+    let mut tree = Tree::default();
     let argv = std::iter::once(spec.relay.executable.as_os_str())
         .chain(spec.relay.arguments.iter().map(OsString::as_os_str));
-    cpio.file("relay.sh", &shell_parameters(argv));
+    tree.file("relay.sh", 0o644, shell_parameters(argv));
     let mut file = File::from(rustix::fs::memfd_create("initramfs", MemfdFlags::CLOEXEC)?);
     io::copy(&mut File::open(image.initramfs())?, &mut file)?;
-    file.write_all(&cpio.finish())?;
+    // Archives after one another are one initramfs.
+    tree.write(&mut file)?;
     Ok(file)
 }
 
