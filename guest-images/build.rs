@@ -2,7 +2,9 @@
 //! guest whatever its C library. The image builder embeds the result.
 
 use std::env;
-use std::path::PathBuf;
+use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 fn main() {
@@ -10,6 +12,11 @@ fn main() {
     let version = env::var("CARGO_PKG_VERSION").expect("cargo sets the version");
     // Also for the copy of the agent that cargo compiles as an example (see Cargo.toml).
     println!("cargo::rustc-env=RINGSIDE_AGENT_VERSION={version}");
+    println!("cargo::rerun-if-changed=src/image");
+    println!(
+        "cargo::rustc-env=RINGSIDE_RECIPE={:016x}",
+        hash_of_sources(Path::new("src/image"))
+    );
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let rustc = env::var_os("RUSTC").expect("cargo sets RUSTC");
     let status = Command::new(rustc)
@@ -35,4 +42,20 @@ fn main() {
         status.success(),
         "the guest agent does not compile (a static C library is needed)"
     );
+}
+
+/// Identifies the image builder's source: an image that another source made is made again.
+fn hash_of_sources(dir: &Path) -> u64 {
+    let mut files: Vec<PathBuf> = fs::read_dir(dir)
+        .expect("the sources are there")
+        .map(|entry| entry.expect("the sources are there").path())
+        .collect();
+    files.sort();
+    let mut hasher = DefaultHasher::new();
+    for file in files {
+        fs::read(file)
+            .expect("a source is a file")
+            .hash(&mut hasher);
+    }
+    hasher.finish()
 }

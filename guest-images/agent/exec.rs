@@ -13,6 +13,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use crate::protocol::{CHUNK, ExecRequest, Exit, Inbox, Malformed, Message, STDIN_WINDOW};
+use crate::serve::WRITE;
 use crate::sys::{self, POLLERR, POLLHUP, POLLIN, POLLOUT, POLLRDHUP, PollFd};
 
 /// The program's output is not read while this much of it waits for the host, in bytes.
@@ -246,7 +247,8 @@ impl<'a> Session<'a> {
 
     /// Writes to the host what it takes now.
     fn flush(&mut self) -> io::Result<()> {
-        match self.connection.write(&self.to_host) {
+        let piece = self.to_host.len().min(WRITE);
+        match self.connection.write(&self.to_host[..piece]) {
             Ok(0) => Err(io::ErrorKind::WriteZero.into()),
             Ok(count) => {
                 self.to_host.drain(..count);

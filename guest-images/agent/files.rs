@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::protocol::{CHUNK, Malformed, Message};
+use crate::protocol::{FRAME_HEADER, Malformed, Message};
+use crate::serve::WRITE;
 use crate::sys;
 
 /// Writes a file. A regular file appears under its name when it is complete and not before;
@@ -108,7 +109,7 @@ pub fn get(connection: &mut File, path: &[u8]) -> io::Result<()> {
         size: data.len(),
     };
     info.write_to(connection)?;
-    let mut buffer = vec![0; CHUNK];
+    let mut buffer = vec![0; WRITE - FRAME_HEADER];
     loop {
         match file.read(&mut buffer) {
             Ok(0) => return Message::End.write_to(connection),

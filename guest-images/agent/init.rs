@@ -2,7 +2,7 @@
 //!
 //! It sets up what programs expect, loads the modules for the devices that are there, starts the
 //! server and a shell on the console, and afterwards only takes the exits of processes that
-//! nobody else waits for. The kernel's command line controls it:
+//! nobody else waits for, and waits for the power button. The kernel's command line controls it:
 //!
 //! * `ringside.console=off`: no shell on the console.
 //! * `ringside.run="COMMAND"` or `ringside.run64=BASE64`: run this with `sh -c` on the console,
@@ -10,11 +10,12 @@
 
 use std::ffi::CStr;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::modules::Modules;
@@ -81,6 +82,7 @@ pub fn run() -> io::Result<()> {
     if options.console && console().is_some() {
         services.push(Service::new(start_shell));
     }
+    watch_power_buttons();
     supervise(&signals, &mut services)
 }
 
@@ -108,7 +110,7 @@ fn load_modules() -> io::Result<()> {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
     let mut modules = Modules::read(&Path::new("/lib/modules").join(release.trim()))?;
     // Virtio devices appear once the driver of their PCI function is there.
-    for bus in ["pci", "virtio"] {
+    for bus in ["acpi", "pci", "virtio"] {
         for problem in modules.load_for_bus(bus) {
             complain(&problem);
         }
@@ -171,6 +173,48 @@ fn console() -> Option<String> {
     let active = fs::read_to_string("/sys/class/tty/console/active").ok()?;
     let path = format!("/dev/{}", active.split_whitespace().last()?);
     Path::new(&path).exists().then_some(path)
+}
+
+/// Starts a thread for every power button (Documentation/input/event-codes.rst of the kernel).
+fn watch_power_buttons() {
+    for entry in fs::read_dir("/sys/class/input")
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        let name = fs::read_to_string(entry.path().join("device/name")).unwrap_or_default();
+        let device = Path::new("/dev/input").join(entry.file_name());
+        if name.trim() == "Power Button"
+            && let Ok(events) = File::open(device)
+        {
+            let watcher = thread::Builder::new().stack_size(64 << 10);
+            if let Err(error) = watcher.spawn(move || watch(events)) {
+                complain(&format!("cannot watch the power button: {error}"));
+            }
+        }
+    }
+}
+
+/// Ends the machine, as `poweroff` does, when the button is pressed.
+fn watch(mut events: File) {
+    let mut event = [0; INPUT_EVENT];
+    while events.read_exact(&mut event).is_ok() {
+        if is_power_press(&event)
+            && let Err(error) = sys::kill(1, sys::SIGUSR2)
+        {
+            complain(&format!("cannot obey the power button: {error}"));
+        }
+    }
+}
+
+/// The size of struct input_event (linux/input.h) on x86-64: time, type, code, value.
+const INPUT_EVENT: usize = 24;
+
+fn is_power_press(event: &[u8; INPUT_EVENT]) -> bool {
+    const EV_KEY: [u8; 2] = 1_u16.to_le_bytes();
+    const KEY_POWER: [u8; 2] = 116_u16.to_le_bytes();
+    const PRESSED: [u8; 4] = 1_i32.to_le_bytes();
+    event[16..18] == EV_KEY && event[18..20] == KEY_POWER && event[20..24] == PRESSED
 }
 
 /// A process that is started again when it ends.
@@ -380,6 +424,18 @@ mod tests {
             options(true, Some("ip addr"))
         );
         assert_eq!(Options::parse("ringside.run64=a-b"), options(true, None));
+    }
+
+    #[test]
+    fn only_a_press_of_the_power_key_counts() {
+        let mut event = [0; INPUT_EVENT];
+        event[16..].copy_from_slice(&[1, 0, 116, 0, 1, 0, 0, 0]);
+        assert!(is_power_press(&event));
+        for (byte, value) in [(16, 0), (18, 115), (20, 0), (20, 2)] {
+            let mut other = event;
+            other[byte] = value;
+            assert!(!is_power_press(&other));
+        }
     }
 
     #[test]

@@ -30,7 +30,8 @@ pub const CHUNK: usize = 64 << 10;
 /// How many bytes of standard input may be on the way.
 pub const STDIN_WINDOW: usize = 256 << 10;
 
-const HEADER: usize = 5;
+/// The bytes before a frame's payload.
+pub const FRAME_HEADER: usize = 5;
 
 /// The size of a terminal, in characters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -154,17 +155,17 @@ impl Message {
     /// Fails when the payload would be larger than [`MAX_PAYLOAD`].
     pub fn encode(&self, out: &mut Vec<u8>) -> Result<(), Malformed> {
         let start = out.len();
-        out.extend_from_slice(&[0; HEADER]);
+        out.extend_from_slice(&[0; FRAME_HEADER]);
         let mut payload = Encoder(out);
         let kind = self.encode_payload(&mut payload)?;
-        let length = out.len() - start - HEADER;
+        let length = out.len() - start - FRAME_HEADER;
         let length32 = u32::try_from(length).ok().filter(|_| length <= MAX_PAYLOAD);
         let Some(length32) = length32 else {
             out.truncate(start);
             return Err(Malformed("too large to send"));
         };
         out[start] = kind;
-        out[start + 1..start + HEADER].copy_from_slice(&length32.to_le_bytes());
+        out[start + 1..start + FRAME_HEADER].copy_from_slice(&length32.to_le_bytes());
         Ok(())
     }
 
@@ -332,9 +333,9 @@ impl Message {
 
     /// Reads the next message from a blocking stream; `None` at its end.
     pub fn read_from(stream: &mut impl Read) -> io::Result<Option<Self>> {
-        let mut header = [0; HEADER];
+        let mut header = [0; FRAME_HEADER];
         let mut have = 0;
-        while have < HEADER {
+        while have < FRAME_HEADER {
             match stream.read(&mut header[have..]) {
                 Ok(0) if have == 0 => return Ok(None),
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -349,7 +350,7 @@ impl Message {
     }
 }
 
-fn payload_length(header: &[u8; HEADER]) -> Result<usize, Malformed> {
+fn payload_length(header: &[u8; FRAME_HEADER]) -> Result<usize, Malformed> {
     let [_, length @ ..] = *header;
     usize::try_from(u32::from_le_bytes(length))
         .ok()
@@ -377,7 +378,7 @@ impl Inbox {
         let Some(bytes) = self.bytes.get(self.start..) else {
             return Ok(None);
         };
-        let Some((header, rest)) = bytes.split_first_chunk::<HEADER>() else {
+        let Some((header, rest)) = bytes.split_first_chunk::<FRAME_HEADER>() else {
             return Ok(None);
         };
         let length = payload_length(header)?;
@@ -385,7 +386,7 @@ impl Inbox {
             return Ok(None);
         };
         let message = Message::decode(header[0], payload)?;
-        self.start += HEADER + length;
+        self.start += FRAME_HEADER + length;
         Ok(Some(message))
     }
 }
@@ -587,7 +588,7 @@ mod tests {
         for message in all() {
             let mut frame = Vec::new();
             message.encode(&mut frame).unwrap();
-            let (kind, payload) = (frame[0], &frame[HEADER..]);
+            let (kind, payload) = (frame[0], &frame[FRAME_HEADER..]);
             let is_data = matches!(kind, 16 | 20 | 33 | 34);
             for cut in 0..payload.len() {
                 assert!(is_data || Message::decode(kind, &payload[..cut]).is_err());

@@ -22,6 +22,11 @@ const LINGER_MS: i32 = 5_000;
 /// Requests are small jobs: poll loops and copies.
 const STACK: usize = 256 << 10;
 
+/// How much is given to the socket at a time, in bytes. Linux makes one packet of what a system
+/// call writes to vsock; from 6.12.x on, one above 32 KiB lies in several buffers, and not every
+/// VMM's vsock device takes that.
+pub const WRITE: usize = 16 << 10;
+
 static CONNECTIONS: AtomicUsize = AtomicUsize::new(0);
 
 /// Whether the agent may shut the machine down.

@@ -4,6 +4,7 @@ use std::env;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use crate::{Error, Result};
 
@@ -78,18 +79,37 @@ impl CacheDir {
         Ok(CacheLock { _file: file })
     }
 
-    /// Makes a new temporary folder inside the cache, so that a rename can publish it.
+    /// Makes a new temporary folder inside the cache, so that a rename can publish it. It is
+    /// deleted when it is dropped; what a killed process left behind is deleted a day later.
     ///
     /// # Errors
     /// [`Error::Io`] when it cannot be created.
     pub fn temp_dir(&self) -> Result<tempfile::TempDir> {
         let parent = self.dir("tmp")?;
+        remove_leftovers(&parent, SystemTime::now());
         tempfile::Builder::new()
             .prefix("build-")
             .tempdir_in(&parent)
             .map_err(Error::io("create a temporary folder in", &parent))
     }
 }
+
+/// Deletes temporary folders that are too old to be in use.
+fn remove_leftovers(parent: &Path, now: SystemTime) {
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+        let modified = entry.metadata().and_then(|data| data.modified());
+        let age = modified
+            .ok()
+            .and_then(|modified| now.duration_since(modified).ok());
+        if age.is_some_and(|age| age > LEFTOVER_AGE) {
+            // What cannot be deleted only takes space.
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+/// A temporary folder that nobody touched for so long is nobody's.
+const LEFTOVER_AGE: Duration = Duration::from_hours(24);
 
 /// A lock that is held until this guard is dropped.
 #[derive(Debug)]
@@ -153,5 +173,18 @@ mod tests {
         ));
         drop(held);
         other.try_lock().unwrap();
+    }
+
+    #[test]
+    fn temporary_folders_go_at_once_or_a_day_later() {
+        let temp = tempfile::tempdir().unwrap();
+        let cache = CacheDir::at(temp.path());
+        let in_use = cache.temp_dir().unwrap();
+        let left = cache.temp_dir().unwrap().keep();
+        let parent = temp.path().join("tmp");
+        remove_leftovers(&parent, SystemTime::now());
+        assert!(left.exists() && in_use.path().exists());
+        remove_leftovers(&parent, SystemTime::now() + LEFTOVER_AGE * 2);
+        assert!(!left.exists());
     }
 }

@@ -33,11 +33,13 @@ fn packages_are_fetched_checked_cached_and_unpacked() {
 
     // Without sources nothing can be fetched: this answer comes from the cache.
     let sources = temp.path().join("apt/trixie/etc/private.sources");
-    fs::remove_file(&sources).unwrap();
+    let hidden = temp.path().join("hidden");
+    fs::rename(&sources, &hidden).unwrap();
     let again = trixie
         .fetch_closure(&["ethtool"], Freshness::Cached, &Silent)
         .unwrap();
     assert_eq!(again, closure);
+    fs::rename(&hidden, &sources).unwrap();
 
     let error = trixie
         .fetch(

@@ -5,6 +5,7 @@ use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::thread;
+use std::time::Duration;
 
 use super::archive::Archive;
 use super::{Deb, Freshness, Request, Suite};
@@ -58,7 +59,13 @@ impl PrivateApt {
         progress: &dyn Progress,
     ) -> Result<bool> {
         let stamp = self.home.join("state/updated");
-        if freshness == Freshness::Cached && stamp.exists() {
+        let age = age_of(&stamp);
+        let fresh_enough = match freshness {
+            Freshness::Cached => age.is_some(),
+            // The requests of one job need the lists once.
+            Freshness::Refresh => age.is_some_and(|age| age < ONE_JOB),
+        };
+        if fresh_enough {
             return Ok(false);
         }
         let archive = Archive::of_this_machine()?;
@@ -164,6 +171,16 @@ impl PrivateApt {
         }
         error
     }
+}
+
+/// Lists that were fetched less than this ago are the newest.
+const ONE_JOB: Duration = Duration::from_secs(60);
+
+/// How long ago a file was written; `None` if there is none.
+fn age_of(path: &Path) -> Option<Duration> {
+    let modified = fs::metadata(path).and_then(|data| data.modified()).ok()?;
+    // A clock that was set back makes it older than it can be.
+    Some(modified.elapsed().unwrap_or(Duration::MAX))
 }
 
 /// The private configuration. It is read after the machine's own (apt.conf(5)), so it keeps what

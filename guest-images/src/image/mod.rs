@@ -124,9 +124,6 @@ pub struct Image {
     pub manifest: Manifest,
 }
 
-/// Changes whenever the builder makes something else of the same packages.
-const RECIPE: u32 = 1;
-
 /// The images of a cache folder.
 #[derive(Debug, Clone)]
 pub struct Images {
@@ -162,8 +159,9 @@ impl Images {
         let temp = self.cache.temp_dir()?;
         let made = temp.path().join("image");
         fs::create_dir(&made).map_err(Error::io("create", &made))?;
-        self.make(release, freshness, temp.path(), &made, progress)?;
+        let result = self.make(release, freshness, temp.path(), &made, progress);
         progress.done();
+        result?;
 
         let dir = self.dir(release)?;
         if dir.exists() {
@@ -308,7 +306,7 @@ fn builder_id() -> String {
         .take(8)
         .map(|byte| format!("{byte:02x}"))
         .collect();
-    format!("{}-{RECIPE}-{hex}", env!("CARGO_PKG_VERSION"))
+    format!("recipe-{}-agent-{hex}", env!("RINGSIDE_RECIPE"))
 }
 
 /// The folders, links and small files that every Linux system has, and the agent as `/init`.

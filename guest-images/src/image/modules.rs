@@ -16,8 +16,10 @@ use crate::{Error, Result};
 const REQUIRED: [&str; 3] = ["virtio_pci", "virtio_net", "vmw_vsock_virtio_transport"];
 
 /// These are taken where the kernel has them as modules.
-const WANTED: [&str; 11] = [
+const WANTED: [&str; 13] = [
     "ahci",
+    "button",
+    "evdev",
     "pktgen",
     "sd_mod",
     "tun",
@@ -31,7 +33,7 @@ const WANTED: [&str; 11] = [
 ];
 
 /// A device that one driver serves but that is of no use without another.
-const COMPANIONS: [(&str, &str); 1] = [("ahci", "sd_mod")];
+const COMPANIONS: [(&str, &str); 2] = [("ahci", "sd_mod"), ("button", "evdev")];
 
 /// A module of the image.
 struct Module {
