@@ -6,6 +6,7 @@ mod exec;
 mod guests;
 mod here;
 mod image;
+mod nested;
 mod run;
 
 use std::fmt;
@@ -14,6 +15,7 @@ use std::process::ExitCode;
 
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
+use guest_images::lab;
 use tracing_subscriber::EnvFilter;
 
 use crate::config::BadInput;
@@ -61,6 +63,9 @@ enum Command {
     Image(image::ImageArgs),
     /// Say what this host's KVM can do, and why
     Doctor(doctor::DoctorArgs),
+    /// The first process of a nested host
+    #[command(hide = true)]
+    LabRelay,
 }
 
 /// Why a command did not do its work.
@@ -134,6 +139,7 @@ pub fn main() -> ExitCode {
         Command::Stop(args) => guests::stop_main(&args),
         Command::Image(args) => image::main(&args),
         Command::Doctor(args) => doctor::main(&args),
+        Command::LabRelay => return lab::relay_main(),
     };
     match done {
         Ok(code) => ExitCode::from(code),

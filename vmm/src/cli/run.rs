@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use guest_images::apt::Freshness;
 
-use super::{Done, Failure, here, image};
+use super::{Done, Failure, here, image, nested};
 use crate::config::{
     Accel, BadInput, BootFiles, BootSource, Checked, MachineConfig, check, check_spec,
 };
@@ -88,9 +88,7 @@ pub(super) fn main(args: RunArgs) -> Done {
     runtime.describe(&checked.name, accel, &control, vsock.as_deref())?;
     let boot = boot(&checked)?;
     match accel {
-        Accel::Nested => Err(Failure::Other(
-            "the nested host is not part of this build; use --accel kvm".into(),
-        )),
+        Accel::Nested => nested::run(&config, &checked, &boot, &runtime),
         _ => here::run(&checked, &boot, &control, &runtime.vsock()),
     }
 }
