@@ -139,6 +139,30 @@ reset:  mov     dx, RESET_CONTROL
         out     dx, al
         hlt
 
+# As Linux restarts through the BIOS: back to real mode, then to its entry point. Leaves long mode by
+# way of 16-bit compatibility mode.
+bios:   lidt    [no_idt]
+        mov     edi, AP_CODE
+        lea     rsi, [to_bios]
+        mov     ecx, offset to_bios_end - to_bios
+        rep movsb
+        push    0x20                    # 16-bit code.
+        push    AP_CODE
+        retfq
+
+        .code16
+to_bios:
+        mov     ax, 0x28                # 64 KiB data.
+        mov     ds, ax
+        mov     es, ax
+        mov     ss, ax
+        mov     eax, 0x10
+        mov     cr0, eax                # No paging, no protection.
+        .byte   0xea                    # ljmp 0xf000:0xfff0
+        .word   0xfff0, 0xf000
+to_bios_end:
+        .code64
+
 pvpanic:
         mov     dx, PVPANIC
         in      al, dx
@@ -405,6 +429,7 @@ programs:
         program 'o', ok
         program '-', line
         program 'r', reset
+        program 'b', bios
         program 'p', pvpanic
         program 'k', kernel_panic
         program 't', triple_fault
@@ -432,8 +457,10 @@ text_panic:
 gdt:    .quad   0, 0
         .quad   0x00af9b000000ffff      # 0x10: 64-bit code
         .quad   0x00cf93000000ffff      # 0x18: data
+        .quad   0x00009b000000ffff      # 0x20: 16-bit code
+        .quad   0x000093000000ffff      # 0x28: 16-bit data
 gdt_pointer:
-        .word   4 * 8 - 1
+        .word   6 * 8 - 1
         .quad   gdt
 no_idt: .word   0
         .quad   0

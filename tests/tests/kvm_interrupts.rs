@@ -293,8 +293,9 @@ fn a_masked_vector_waits_for_its_unmasking() {
         capability = read(function + u64::from(capability)) >> 8 & 0xff;
         assert_ne!(capability, 0, "no MSI-X capability");
     }
-    let bar = 0xc000_0000;
-    write(function + 0x10, bar as u32);
+    let bar: u32 = 0xc000_0000;
+    write(function + 0x10, bar);
+    let bar = u64::from(bar);
     write(function + 4, 6); // Memory, bus master.
     write(function + u64::from(capability), 1 << 31); // Enable.
     let entry = bar + 16;

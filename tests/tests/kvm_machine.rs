@@ -41,6 +41,7 @@ fn reset_and_panic_have_their_own_exit_codes() {
     for (program, reason, code) in [
         ("o", ExitReason::PowerOff, 0),
         ("r", ExitReason::Reboot, 10),
+        ("b", ExitReason::Reboot, 10),
         ("p", ExitReason::Panic, 11),
         ("k", ExitReason::Panic, 11),
     ] {

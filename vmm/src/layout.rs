@@ -35,7 +35,11 @@ pub const COMMAND_LINE_ROOM: u64 = 0x1_0000;
 /// End of the conventional memory that is reported as RAM.
 pub const LOW_MEMORY_END: u64 = 0x9_fc00;
 /// ACPI tables, in the area where firmware keeps them.
-pub const ACPI_TABLES: Range<u64> = 0xe_0000..0x10_0000;
+pub const ACPI_TABLES: Range<u64> = 0xe_0000..0xf_0000;
+/// The BIOS's area. Nothing is there but [`RESET_VECTOR`].
+pub const BIOS: Range<u64> = 0xf_0000..0x10_0000;
+/// Where a guest that wants the BIOS to restart it jumps to.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Where extended memory starts.
 pub const HIGH_MEMORY: u64 = 0x10_0000;
 

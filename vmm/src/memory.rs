@@ -104,10 +104,14 @@ pub enum MapKind {
 
 /// The memory map for a guest with `size` bytes of RAM, as (start, length, kind), sorted.
 pub fn guest_map(size: u64) -> Vec<(u64, u64, MapKind)> {
-    let acpi = layout::ACPI_TABLES;
+    let firmware = layout::ACPI_TABLES.start..layout::BIOS.end;
     let mut map = vec![
         (0, layout::LOW_MEMORY_END, MapKind::Ram),
-        (acpi.start, acpi.end - acpi.start, MapKind::Reserved),
+        (
+            firmware.start,
+            firmware.end - firmware.start,
+            MapKind::Reserved,
+        ),
     ];
     for (start, len) in regions(size) {
         let end = start + len;

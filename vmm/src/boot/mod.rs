@@ -6,6 +6,7 @@
 
 mod bzimage;
 mod pvh;
+mod reset_vector;
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -105,6 +106,7 @@ pub fn load(
         .read_to_end(&mut head)
         .map_err(read)?;
     kernel.seek(SeekFrom::Start(0)).map_err(read)?;
+    reset_vector::write(ram).map_err(|_| BootError::Memory)?;
     if head.starts_with(b"\x7fELF") {
         pvh::load(ram, memory, files, &mut kernel, rsdp)
     } else if head.get(0x202..0x206) == Some(b"HdrS") {

@@ -92,7 +92,7 @@ fn time_field(index: u8, now: u64) -> Option<u8> {
         _ => return None,
     };
     let value = u8::try_from(value).ok()?;
-    Some(value / 10 << 4 | value % 10)
+    Some(((value / 10) << 4) | (value % 10))
 }
 
 /// Year, month and day of the month, `days` days after 1970-01-01.
