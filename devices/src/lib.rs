@@ -4,5 +4,6 @@
 pub mod block;
 pub mod net;
 pub mod nvme;
+mod vectored;
 pub mod virtio;
 pub mod worker;

@@ -13,12 +13,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use vm_memory::VolatileSlice;
 
 use super::{HEADER_LEN, NetBackend, NetQueue, Offloads};
+use crate::vectored::Vectored;
 pub use error::TapError;
 
 /// Queues that the kernel gives one tap device (`MAX_TAP_QUEUES`).
 const MAX_QUEUES: u16 = 256;
-/// Most elements of one vectored call (`UIO_MAXIOV`).
-const MAX_IOVECS: usize = 1024;
 
 /// One tap device, with a queue for each pair.
 ///
@@ -158,7 +157,7 @@ impl NetBackend for Tap {
         Ok(Box::new(TapQueue {
             tap: self,
             index: usize::from(index),
-            iovecs: Iovecs(Vec::with_capacity(MAX_IOVECS)),
+            vectored: Vectored::new(),
         }))
     }
 
@@ -167,30 +166,10 @@ impl NetBackend for Tap {
     }
 }
 
-/// Scratch space for one call; empty between calls.
-struct Iovecs(Vec<libc::iovec>);
-
-// SAFETY: the list is empty whenever no call runs, so no address moves to another thread.
-#[expect(unsafe_code, reason = "storage of raw pointers moves between threads")]
-unsafe impl Send for Iovecs {}
-
-impl Iovecs {
-    fn fill(&mut self, slices: &[VolatileSlice<'_, ()>]) -> usize {
-        self.0.clear();
-        self.0.extend(slices.iter().map(|slice| libc::iovec {
-            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-            iov_len: slice.len(),
-        }));
-        slices
-            .iter()
-            .fold(0, |sum, slice| slice.len().saturating_add(sum))
-    }
-}
-
 struct TapQueue {
     tap: Arc<Tap>,
     index: usize,
-    iovecs: Iovecs,
+    vectored: Vectored,
 }
 
 impl TapQueue {
@@ -205,64 +184,42 @@ impl TapQueue {
 
 impl NetQueue for TapQueue {
     fn send(&mut self, packet: &[VolatileSlice<'_, ()>]) -> io::Result<()> {
-        if packet.len() > MAX_IOVECS {
-            self.count_drop();
-            return Err(io::ErrorKind::InvalidInput.into());
-        }
-        self.iovecs.fill(packet);
         loop {
-            // SAFETY: the slices, which `packet` borrows, are valid memory for the call.
-            #[expect(unsafe_code, reason = "writev from guest memory")]
-            let result = unsafe { sys::writev(&self.queue().fd, &self.iovecs.0) };
-            match result {
+            let fd = &self.tap.queues[self.index].fd;
+            match self.vectored.write(fd, packet) {
+                Ok(_) => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
-                    self.iovecs.0.clear();
                     if error.kind() != io::ErrorKind::WouldBlock {
                         self.count_drop();
                     }
                     return Err(error);
-                }
-                Ok(_) => {
-                    self.iovecs.0.clear();
-                    return Ok(());
                 }
             }
         }
     }
 
     fn receive(&mut self, buffers: &[VolatileSlice<'_, ()>]) -> io::Result<Option<usize>> {
-        // The device cuts packets short without a word. One byte more than there is room for tells.
-        let mut spill = 0u8;
-        let usable = &buffers[..buffers.len().min(MAX_IOVECS - 1)];
-        let room = self.iovecs.fill(usable);
-        self.iovecs.0.push(libc::iovec {
-            iov_base: (&raw mut spill).cast(),
-            iov_len: 1,
-        });
-        let result = loop {
+        loop {
             if !self.queue().attached.load(Ordering::Acquire) {
-                break Ok(None);
+                return Ok(None);
             }
-            // SAFETY: the slices, which `buffers` borrows, and `spill` are valid for the call.
-            #[expect(unsafe_code, reason = "readv into guest memory")]
-            let result = unsafe { sys::readv(&self.queue().fd, &self.iovecs.0) };
-            match result {
-                Ok(len) if len <= room => break Ok(Some(len)),
-                Ok(_) => self.count_drop(),
+            let fd = &self.tap.queues[self.index].fd;
+            // The device cuts packets short without a word, which the helper finds out.
+            match self.vectored.read_packet(fd, buffers) {
+                Ok((len, true)) => return Ok(Some(len)),
+                Ok((_, false)) => self.count_drop(),
                 Err(error) => match error.raw_os_error() {
-                    Some(libc::EAGAIN) => break Ok(None),
+                    Some(libc::EAGAIN) => return Ok(None),
                     Some(libc::EINTR) => {}
                     // No room even for the header; the packet is gone.
                     Some(libc::EINVAL) => self.count_drop(),
                     // Detached meanwhile; the flag says so.
                     Some(libc::EBADFD) if !self.queue().attached.load(Ordering::Acquire) => {}
-                    _ => break Err(error),
+                    _ => return Err(error),
                 },
             }
-        };
-        self.iovecs.0.clear();
-        result
+        }
     }
 
     fn fd(&self) -> Option<RawFd> {

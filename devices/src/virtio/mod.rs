@@ -24,6 +24,7 @@ mod queue;
 mod ring;
 pub mod spec;
 mod transport;
+pub mod vsock;
 
 use std::io;
 use std::sync::Arc;

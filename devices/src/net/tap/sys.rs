@@ -118,29 +118,3 @@ pub(super) fn is_single_queue_tap(name: &str) -> bool {
         Err(error) => error.raw_os_error() == Some(libc::EBUSY),
     })
 }
-
-/// Sends one packet.
-///
-/// # Safety
-///
-/// The elements must be valid memory for the call.
-#[expect(unsafe_code, reason = "the caller vouches for the addresses")]
-pub(super) unsafe fn writev(fd: &OwnedFd, iovecs: &[libc::iovec]) -> io::Result<usize> {
-    let count = libc::c_int::try_from(iovecs.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
-    // SAFETY: the list is valid for the call, and so, as the caller says, is what it points to.
-    let result = unsafe { libc::writev(fd.as_raw_fd(), iovecs.as_ptr(), count) };
-    usize::try_from(result).map_err(|_| io::Error::last_os_error())
-}
-
-/// Receives one packet, cut to the elements.
-///
-/// # Safety
-///
-/// The elements must be valid memory for the call.
-#[expect(unsafe_code, reason = "the caller vouches for the addresses")]
-pub(super) unsafe fn readv(fd: &OwnedFd, iovecs: &[libc::iovec]) -> io::Result<usize> {
-    let count = libc::c_int::try_from(iovecs.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
-    // SAFETY: as in `writev`.
-    let result = unsafe { libc::readv(fd.as_raw_fd(), iovecs.as_ptr(), count) };
-    usize::try_from(result).map_err(|_| io::Error::last_os_error())
-}

@@ -11,6 +11,7 @@ use std::os::fd::FromRawFd;
 
 use super::*;
 use crate::net::suite::{self, Rig, frame, packet};
+use crate::vectored::MAX_IOVECS;
 
 /// Runs `test` on a thread in a fresh network namespace, which disappears with it; says so and does
 /// nothing if this process may not make one.
