@@ -1,6 +1,7 @@
 //! The command line.
 
 mod cp;
+mod demo;
 mod doctor;
 mod exec;
 mod guests;
@@ -59,6 +60,8 @@ enum Command {
     Stats(guests::StatsArgs),
     /// Shut a running guest down
     Stop(guests::StopArgs),
+    /// Boot Debian, run I/O through NVMe and virtio-net, check it, and print what it cost
+    Demo(demo::DemoArgs),
     /// Build, list and remove guest images
     Image(image::ImageArgs),
     /// Say what this host's KVM can do, and why
@@ -137,6 +140,7 @@ pub fn main() -> ExitCode {
         Command::List(args) => guests::list_main(&args),
         Command::Stats(args) => guests::stats_main(&args),
         Command::Stop(args) => guests::stop_main(&args),
+        Command::Demo(args) => demo::main(&args),
         Command::Image(args) => image::main(&args),
         Command::Doctor(args) => doctor::main(&args),
         Command::LabRelay => return lab::relay_main(),
