@@ -138,7 +138,9 @@ impl User {
             rest = more;
         }
         let buffers = self.pin(&places, Access::Read);
-        let op = BlockOp::Write { offset, fua: true };
+        // Some of each kind: stable writes take long.
+        let fua = data.len() <= 4096;
+        let op = BlockOp::Write { offset, fua };
         self.queue.push(BlockRequest {
             op,
             buffers,
