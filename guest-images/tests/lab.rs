@@ -2,17 +2,19 @@
 //!
 //! The first run fetches packages (about 150 MB) into the cache folder.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use guest_images::CacheDir;
 use guest_images::apt::Freshness;
 use guest_images::lab::{
-    Exit, LabCommand, LabDisk, LabError, LabImage, LabSpec, Output, Relay, Session, relay_main,
+    Exit, LabCommand, LabDisk, LabError, LabImage, LabSpec, Output, Relay, Session, relay_main, run,
 };
 use guest_images::progress::{self, Silent};
 
@@ -32,6 +34,46 @@ fn spec() -> LabSpec {
             .to_vec(),
     };
     spec
+}
+
+/// A process that is only there for [`run`].
+#[test]
+#[ignore = "is started by other tests"]
+fn run_entry() {
+    let script = std::env::var_os("LAB_TEST_SCRIPT").unwrap();
+    let mut spec = spec();
+    spec.options.kernel_args = vec![format!("ringside.test={}", std::process::id())];
+    let command = LabCommand::new(["sh".as_ref(), "-c".as_ref(), script.as_os_str()]).unwrap();
+    let cache = CacheDir::discover().unwrap();
+    let code = match run(spec, command, &cache, &*progress::on_stderr()) {
+        Ok(exit) => exit.code(),
+        Err(error) => {
+            eprintln!("{error}");
+            error.code()
+        }
+    };
+    std::process::exit(code.into());
+}
+
+/// How [`run_entry`] is started, with a prefix such as setsid(1).
+fn run_command(prefix: &[&str], script: &str) -> Command {
+    let entry = std::env::current_exe().unwrap();
+    let words = ["--exact", "run_entry", "--ignored", "--nocapture"];
+    let mut argv: Vec<OsString> = prefix.iter().map(Into::into).collect();
+    argv.push(entry.into());
+    argv.extend(words.map(Into::into));
+    let mut command = Command::new(&argv[0]);
+    command.args(&argv[1..]).env("LAB_TEST_SCRIPT", script);
+    command
+}
+
+/// Whether the nested host of the process `pid` lives.
+fn host_lives(pid: u32) -> bool {
+    let marker = format!("ringside.test={pid}");
+    let processes = fs::read_dir("/proc").unwrap().filter_map(Result::ok);
+    processes
+        .filter_map(|process| fs::read(process.path().join("cmdline")).ok())
+        .any(|line| String::from_utf8_lossy(&line).contains(&marker))
 }
 
 fn start(spec: LabSpec) -> Result<Session, LabError> {
@@ -287,4 +329,92 @@ fn a_relay_that_does_not_start_is_an_error() {
     spec.relay.executable = "/bin/false".into();
     let error = start(spec).unwrap_err();
     assert!(matches!(&error, LabError::HostDied { .. }), "{error}");
+}
+
+#[test]
+fn a_command_on_a_terminal_looks_as_if_it_ran_here() {
+    use rustix::pty::OpenptFlags;
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    let master = rustix::pty::openpt(flags).unwrap();
+    rustix::pty::grantpt(&master).unwrap();
+    rustix::pty::unlockpt(&master).unwrap();
+    let slave = rustix::pty::ioctl_tiocgptpeer(&master, flags).unwrap();
+    let size = rustix::termios::Winsize {
+        ws_row: 31,
+        ws_col: 111,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    rustix::termios::tcsetwinsize(&slave, size).unwrap();
+    let before = rustix::termios::tcgetattr(&slave).unwrap().local_modes;
+
+    let script = "trap 'echo interrupted; exit 33' INT; read line; echo \"got $line\"; \
+                  tty; stty size; while :; do sleep 0.1; done";
+    let mut command = run_command(&["setsid", "--ctty", "--wait"], script);
+    command
+        .stdin(slave.try_clone().unwrap())
+        .stdout(slave.try_clone().unwrap())
+        .stderr(slave.try_clone().unwrap());
+    let mut child = command.spawn().unwrap();
+    drop(command);
+    let mut master = File::from(master);
+    // What is typed ahead arrives, too.
+    master.write_all(b"typed\n").unwrap();
+    let mut seen = String::new();
+    let mut read_until = |text: &str| {
+        while !seen.contains(text) {
+            let mut buffer = [0; 1024];
+            let read = master.read(&mut buffer).unwrap();
+            seen.push_str(&String::from_utf8_lossy(&buffer[..read]));
+        }
+        master.try_clone().unwrap()
+    };
+    read_until("got typed\r\n/dev/pts/");
+    read_until("31 111\r\n").write_all(b"\x03").unwrap();
+    read_until("^Cinterrupted\r\n");
+    assert_eq!(child.wait().unwrap().code(), Some(33));
+    let after = rustix::termios::tcgetattr(&slave).unwrap().local_modes;
+    assert_eq!(before, after, "the terminal's mode is back");
+}
+
+#[test]
+fn a_killed_process_leaves_no_nested_host() {
+    let mut child = run_command(&[], "echo ready; sleep 600")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut output = child.stdout.take().unwrap();
+    let mut seen = Vec::new();
+    while !seen.ends_with(b"ready\n") {
+        let mut byte = [0];
+        output.read_exact(&mut byte).unwrap();
+        seen.extend(byte);
+    }
+    assert!(host_lives(child.id()));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    eventually(|| !host_lives(child.id()));
+}
+
+#[test]
+fn a_signal_while_the_host_starts_ends_it() {
+    let mut child = run_command(&[], "echo never")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let pid = rustix::process::Pid::from_child(&child);
+    eventually(|| host_lives(child.id()));
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    let mut output = String::new();
+    child
+        .stdout
+        .take()
+        .unwrap()
+        .read_to_string(&mut output)
+        .unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(128 + 15));
+    assert!(!output.contains("never"));
+    assert!(!host_lives(child.id()));
 }
