@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 use guest_images::CacheDir;
 use guest_images::apt::Freshness;
 use guest_images::lab::{
-    Exit, LabCommand, LabDisk, LabError, LabImage, LabSpec, Output, Relay, Session, relay_main, run,
+    Exit, LabCommand, LabDisk, LabError, LabImage, LabSpec, Output, RelayProgram, Session,
+    relay_main, run,
 };
 use guest_images::progress::{self, Silent};
 
@@ -27,7 +28,7 @@ fn relay_entry() {
 
 fn spec() -> LabSpec {
     let mut spec = LabSpec::new().unwrap();
-    spec.relay = Relay {
+    spec.relay = RelayProgram {
         executable: std::env::current_exe().unwrap(),
         arguments: ["--exact", "relay_entry", "--ignored", "--nocapture"]
             .map(Into::into)
@@ -123,6 +124,7 @@ fn a_nested_host_runs_commands_like_the_machine() {
     a_host_for_virtual_machines(&session);
     files_are_shared(&session, folder.path());
     a_disk_is_a_block_device(&session, &image, &disk);
+    the_clock_is_right(&session);
     a_linux_guest_boots(&session);
     sockets_cross(&session, folder.path());
     signals_and_statuses(&session);
@@ -191,6 +193,26 @@ fn a_linux_guest_boots(session: &Session) {
     let errors = String::from_utf8_lossy(&finished.stderr);
     assert!(console.contains("up: 42"), "{console}\n{errors}");
     assert!(finished.exit.is_success(), "{console}\n{errors}");
+}
+
+/// On a busy machine a clock that the nested kernel measures itself runs several times too fast.
+fn the_clock_is_right(session: &Session) {
+    let uptime = || -> f64 {
+        let text = output(session, "cut -d' ' -f1 /proc/uptime");
+        text.trim().parse().unwrap()
+    };
+    let (before, start) = (Instant::now(), uptime());
+    let longest = |since: Instant| since.elapsed().as_secs_f64();
+    let after = Instant::now();
+    output(session, "sleep 1");
+    let (shortest, end) = (longest(after), uptime());
+    let inside = end - start;
+    assert!(inside > 0.95 * shortest - 0.1, "{inside} {shortest}");
+    assert!(
+        inside < 1.05 * longest(before) + 0.1,
+        "{inside} {}",
+        longest(before)
+    );
 }
 
 fn files_are_shared(session: &Session, folder: &Path) {

@@ -53,7 +53,7 @@ pub use relay::relay_main;
 pub use session::{Finished, Running, Session, run};
 
 /// The hidden subcommand with which an executable is started as the relay, unless
-/// [`Relay::arguments`] says otherwise.
+/// [`RelayProgram::arguments`] says otherwise.
 pub const RELAY_COMMAND: &str = "lab-relay";
 
 /// Environment variable that is set for every command inside a nested host.
@@ -68,7 +68,7 @@ pub fn is_inside() -> bool {
 #[derive(Debug)]
 pub struct LabSpec {
     /// The executable that acts as the relay.
-    pub relay: Relay,
+    pub relay: RelayProgram,
     /// Folders that commands may write to, and their working folders among them. Each must exist.
     pub writable_dirs: Vec<PathBuf>,
     /// Disk images.
@@ -89,7 +89,7 @@ impl LabSpec {
     /// The executable cannot be found (any more).
     pub fn new() -> io::Result<Self> {
         Ok(Self {
-            relay: Relay {
+            relay: RelayProgram {
                 executable: std::env::current_exe()?,
                 arguments: vec![RELAY_COMMAND.into()],
             },
@@ -104,7 +104,7 @@ impl LabSpec {
 
 /// The executable that calls [`relay_main`] when it gets these arguments.
 #[derive(Debug, Clone)]
-pub struct Relay {
+pub struct RelayProgram {
     /// An absolute path outside `/dev`, `/proc` and `/sys`.
     pub executable: PathBuf,
     /// Its arguments.

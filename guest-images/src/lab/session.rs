@@ -233,6 +233,11 @@ impl Session {
     /// is said by [`Running::wait`].
     pub fn spawn(&self, command: LabCommand) -> Result<Running, LabError> {
         for path in &command.sockets {
+            let folder = sockets::parent_of(path);
+            fs::metadata(folder).map_err(|source| LabError::Path {
+                path: folder.to_owned(),
+                source,
+            })?;
             if sockets::is_live(path) {
                 return Err(LabError::SocketInUse(path.clone()));
             }
