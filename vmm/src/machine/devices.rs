@@ -3,37 +3,218 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use iommu::{GuestRam, MsiSink};
+use devices::block::{BlockBackend, FileBackend, FileOptions, MemoryBackend, NullBackend};
+use devices::net::{Loopback, NetBackend, Tap};
+use devices::nvme::{self, Nvme};
+use devices::virtio::net::{self, VirtioNet};
+use devices::virtio::vsock::VirtioVsock;
+use devices::virtio::{VirtioDevice, VirtioPci};
+use devices::worker::WorkerOptions;
+use iommu::{Bdf, GuestRam, MsiSink};
 use pci::RootComplex;
+use serde::Serialize;
 
 use super::stats::DeviceStats;
-use super::{MachineError, MachineSpec};
+use super::{MachineError, MachineSpec, NetBackendSpec, Storage};
 
 /// Storage and network attachments. They outlive a guest's reboot: a memory disk keeps its data.
-pub(super) struct Backends {}
+pub(super) struct Backends {
+    /// By controller, then by namespace.
+    nvme: Vec<Vec<Arc<dyn BlockBackend>>>,
+    net: Vec<Arc<dyn NetBackend>>,
+}
 
 impl Backends {
-    pub(super) fn open(_spec: &MachineSpec) -> Result<Backends, MachineError> {
-        Ok(Backends {})
+    pub(super) fn open(spec: &MachineSpec) -> Result<Backends, MachineError> {
+        let nvme = spec.nvme.iter().map(|controller| {
+            let namespaces = controller.namespaces.iter();
+            namespaces
+                .map(|namespace| open_storage(&controller.name, &namespace.storage))
+                .collect()
+        });
+        let net = spec.net.iter().map(|net| {
+            Ok::<Arc<dyn NetBackend>, MachineError>(match &net.backend {
+                NetBackendSpec::Loopback => Loopback::new(net.pairs)
+                    .map_err(|error| MachineError::device("--net", &net.name, error))?,
+                NetBackendSpec::Tap { interface } => Tap::open(interface, net.pairs)
+                    .map_err(|error| MachineError::device("--net", &net.name, error))?,
+            })
+        });
+        Ok(Backends {
+            nvme: nvme.collect::<Result<_, _>>()?,
+            net: net.collect::<Result<_, _>>()?,
+        })
     }
 }
 
-/// The devices on the bus.
-#[derive(Clone, Default)]
-pub(super) struct Devices {}
+fn open_storage(name: &str, storage: &Storage) -> Result<Arc<dyn BlockBackend>, MachineError> {
+    Ok(match storage {
+        Storage::File {
+            path,
+            direct,
+            read_only,
+        } => {
+            let options = FileOptions {
+                direct: *direct,
+                read_only: *read_only,
+                ..FileOptions::new(path)
+            };
+            FileBackend::open(&options)
+                .map_err(|error| MachineError::device("--nvme", name, error))?
+        }
+        Storage::Memory { size } => MemoryBackend::new(*size)
+            .map_err(|error| MachineError::device("--nvme", name, error))?,
+        Storage::Null { size } => NullBackend::new(*size),
+    })
+}
+
+/// The devices on the bus. The bus has them too; this keeps what only the machine needs.
+#[derive(Clone)]
+pub(super) struct Devices(Arc<[Device]>);
+
+struct Device {
+    name: String,
+    kind: &'static str,
+    bdf: Bdf,
+    counters: Box<dyn Fn() -> serde_json::Value + Send + Sync>,
+}
 
 impl Devices {
+    /// Makes the devices and puts them on bus 0, from device number 1 on: NVMe controllers, network
+    /// interfaces, the socket device.
     pub(super) fn attach(
-        _spec: &MachineSpec,
-        _backends: &Backends,
-        _root: &Arc<RootComplex>,
-        _ram: &GuestRam,
-        _sink: &Arc<dyn MsiSink>,
+        spec: &MachineSpec,
+        backends: &Backends,
+        root: &Arc<RootComplex>,
+        ram: &GuestRam,
+        sink: &Arc<dyn MsiSink>,
     ) -> Result<Devices, MachineError> {
-        Ok(Devices {})
+        let mut slots = Slots {
+            root,
+            ram,
+            sink,
+            next: 1,
+            devices: Vec::new(),
+        };
+        for (index, backends) in backends.nvme.iter().enumerate() {
+            slots.nvme(&spec.nvme[index], backends)?;
+        }
+        for (index, backend) in backends.net.iter().enumerate() {
+            let net = &spec.net[index];
+            let config = net::Config {
+                pairs: net.pairs,
+                ..net::Config::new(net.mac, Arc::clone(backend))
+            };
+            let device = VirtioNet::new(config)
+                .map_err(|error| MachineError::device("--net", &net.name, error))?;
+            let counters = Arc::clone(&device);
+            slots.virtio("--net", &net.name, "virtio-net", device, move || {
+                json(&counters.stats())
+            })?;
+        }
+        if let Some(vsock) = &spec.vsock {
+            let name = "vsock";
+            let options = WorkerOptions::default();
+            let device = VirtioVsock::new(vsock.cid, &vsock.socket, options)
+                .map_err(|error| MachineError::device("--vsock", name, error))?;
+            let counters = Arc::clone(&device);
+            slots.virtio("--vsock", name, "virtio-vsock", device, move || {
+                json(&counters.stats())
+            })?;
+        }
+        Ok(Devices(slots.devices.into()))
     }
 
+    /// The counters of all, by name.
     pub(super) fn stats(&self) -> BTreeMap<String, DeviceStats> {
-        BTreeMap::new()
+        let stats = self.0.iter().map(|device| {
+            let stats = DeviceStats {
+                kind: device.kind,
+                address: device.bdf.to_string(),
+                counters: (device.counters)(),
+            };
+            (device.name.clone(), stats)
+        });
+        stats.collect()
+    }
+}
+
+fn json(stats: &impl Serialize) -> serde_json::Value {
+    // Plain structures of numbers always have a JSON form.
+    serde_json::to_value(stats).unwrap_or_default()
+}
+
+/// Hands out places on bus 0.
+struct Slots<'a> {
+    root: &'a Arc<RootComplex>,
+    ram: &'a GuestRam,
+    sink: &'a Arc<dyn MsiSink>,
+    next: u8,
+    devices: Vec<Device>,
+}
+
+impl Slots<'_> {
+    fn next(&mut self) -> Result<Bdf, MachineError> {
+        let bdf = Bdf::new(0, self.next, 0).ok_or(MachineError::BusFull)?;
+        self.next += 1;
+        Ok(bdf)
+    }
+
+    fn nvme(
+        &mut self,
+        spec: &super::NvmeSpec,
+        backends: &[Arc<dyn BlockBackend>],
+    ) -> Result<(), MachineError> {
+        let option = "--nvme";
+        let namespaces = (1..).zip(backends).zip(&spec.namespaces);
+        let config = nvme::Config {
+            serial: spec.serial.clone(),
+            max_queue_pairs: spec.queues,
+            namespaces: namespaces
+                .map(|((nsid, backend), namespace)| nvme::NamespaceConfig {
+                    nsid,
+                    backend: Arc::clone(backend),
+                    lba_size: namespace.block_size,
+                })
+                .collect(),
+            ..nvme::Config::default()
+        };
+        let bdf = self.next()?;
+        let (endpoint, device) = Nvme::new(config, bdf, self.ram, self.sink)
+            .map_err(|error| MachineError::device(option, &spec.name, error))?;
+        let counters = Arc::clone(&device);
+        self.root
+            .attach(endpoint, device)
+            .map_err(|error| MachineError::device(option, &spec.name, error))?;
+        self.devices.push(Device {
+            name: spec.name.clone(),
+            kind: "nvme",
+            bdf,
+            counters: Box::new(move || json(&counters.stats())),
+        });
+        Ok(())
+    }
+
+    fn virtio(
+        &mut self,
+        option: &'static str,
+        name: &str,
+        kind: &'static str,
+        device: Arc<dyn VirtioDevice>,
+        counters: impl Fn() -> serde_json::Value + Send + Sync + 'static,
+    ) -> Result<(), MachineError> {
+        let bdf = self.next()?;
+        let (endpoint, function) = VirtioPci::new(name, device, bdf, self.ram, self.sink)
+            .map_err(|error| MachineError::device(option, name, error))?;
+        self.root
+            .attach(endpoint, function)
+            .map_err(|error| MachineError::device(option, name, error))?;
+        self.devices.push(Device {
+            name: name.to_owned(),
+            kind,
+            bdf,
+            counters: Box::new(counters),
+        });
+        Ok(())
     }
 }

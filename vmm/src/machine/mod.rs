@@ -79,6 +79,19 @@ pub enum MachineError {
     /// Virtual CPUs.
     #[error(transparent)]
     Cpu(#[from] CpuError),
+    /// A device or its back end.
+    #[error("{name}: {problem}")]
+    Device {
+        /// The option that describes the device.
+        option: &'static str,
+        /// The user's name for it.
+        name: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// More than 31 devices.
+    #[error("bus 0 has room for 31 devices")]
+    BusFull,
     /// Interrupt lines.
     #[error("cannot open the IOAPIC's interrupt lines: {0}")]
     Interrupts(io::Error),
@@ -94,6 +107,14 @@ pub enum MachineError {
 }
 
 impl MachineError {
+    fn device(option: &'static str, name: &str, problem: impl std::fmt::Display) -> MachineError {
+        MachineError::Device {
+            option,
+            name: name.to_owned(),
+            problem: problem.to_string(),
+        }
+    }
+
     /// The option that would have to be different, if it is one of the user's.
     pub fn option(&self) -> Option<&'static str> {
         match self {
@@ -102,6 +123,7 @@ impl MachineError {
             MachineError::Boot(BootError::CommandLine(_)) => Some("--cmdline"),
             MachineError::Boot(_) => Some("--kernel"),
             MachineError::SerialFile(..) => Some("--serial"),
+            MachineError::Device { option, .. } => Some(option),
             _ => None,
         }
     }

@@ -11,8 +11,13 @@ use super::PanicWatch;
 use crate::ioapic::IoApic;
 use crate::layout;
 
-/// Offset of the modem control register.
+/// Register offsets and bits (National PC16550D data sheet, table II).
+const INTERRUPT_ENABLE: u8 = 1;
+const LINE_CONTROL: u8 = 3;
 const MODEM_CONTROL: u8 = 4;
+const ENABLE_RECEIVED_DATA: u8 = 1 << 0;
+const DIVISOR_LATCH: u8 = 1 << 7;
+const LOOP: u8 = 1 << 4;
 
 /// Output that also goes past the panic watch.
 struct Output {
@@ -57,9 +62,39 @@ impl SerialEvents for Room {
 }
 
 /// COM1.
+///
+/// The guest gets no input before its driver listens, that is, before it enables the received-data
+/// interrupt: drivers empty the FIFO when they start, and what was typed ahead would be lost.
 pub struct Serial {
-    uart: Mutex<Uart<Pin, Room, Output>>,
+    state: Mutex<State>,
     room: EventFd,
+}
+
+struct State {
+    uart: Uart<Pin, Room, Output>,
+    interrupt_enable: u8,
+    line_control: u8,
+    modem_control: u8,
+    /// Input was offered while the guest did not listen.
+    refused: bool,
+}
+
+impl State {
+    fn write(&mut self, offset: u8, value: u8) -> Result<(), vm_superio::serial::Error<io::Error>> {
+        match offset {
+            INTERRUPT_ENABLE if self.line_control & DIVISOR_LATCH == 0 => {
+                self.interrupt_enable = value;
+            }
+            LINE_CONTROL => self.line_control = value,
+            MODEM_CONTROL => self.modem_control = value,
+            _ => {}
+        }
+        self.uart.write(offset, value)
+    }
+
+    fn listens(&self) -> bool {
+        self.interrupt_enable & ENABLE_RECEIVED_DATA != 0 && self.modem_control & LOOP == 0
+    }
 }
 
 impl Serial {
@@ -76,43 +111,52 @@ impl Serial {
         let room = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         let events = Room(room.try_clone()?);
         Ok(Serial {
-            uart: Mutex::new(Uart::with_events(
-                Pin(ioapic),
-                events,
-                Output { out, watch },
-            )),
+            state: Mutex::new(State {
+                uart: Uart::with_events(Pin(ioapic), events, Output { out, watch }),
+                interrupt_enable: 0,
+                line_control: 0,
+                modem_control: 0,
+                refused: false,
+            }),
             room,
         })
     }
 
-    fn uart(&self) -> MutexGuard<'_, Uart<Pin, Room, Output>> {
-        self.uart.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A load from register `offset`, 0 to 7.
     pub fn read(&self, offset: u8) -> u8 {
-        self.uart().read(offset)
+        self.state().uart.read(offset)
     }
 
     /// A store to register `offset`, 0 to 7. Output that the host does not take is lost.
     pub fn write(&self, offset: u8, value: u8) {
-        if let Err(error) = self.uart().write(offset, value) {
+        let mut state = self.state();
+        if let Err(error) = state.write(offset, value) {
             static WARNED: Once = Once::new();
             WARNED.call_once(|| tracing::warn!(%error, "the serial line's output is lost"));
         }
-        if offset == MODEM_CONTROL {
-            // It may have left loopback mode, in which no input is taken.
+        if state.refused && state.listens() {
+            state.refused = false;
+            // A full counter says the same.
             let _ = self.room.write(1);
         }
     }
 
     /// Gives the guest input and says how many bytes of it its FIFO had room for.
     pub fn input(&self, data: &[u8]) -> usize {
+        let mut state = self.state();
+        if !state.listens() {
+            state.refused |= !data.is_empty();
+            return 0;
+        }
         // The only error is a full FIFO: the interrupt never fails.
-        self.uart().enqueue_raw_bytes(data).unwrap_or(0)
+        state.uart.enqueue_raw_bytes(data).unwrap_or(0)
     }
 
-    /// Signalled when the guest has read all its input, and when it may take input again. Non-blocking.
+    /// Signalled when the guest has read all its input, or listens after it had refused some. Non-blocking.
     pub fn room(&self) -> &EventFd {
         &self.room
     }
@@ -146,8 +190,10 @@ mod tests {
         ioapic.write(0, &[0x18]);
         ioapic.write(0x10, &0x31u32.to_le_bytes());
         let serial = Serial::new(ioapic, Box::new(io::sink()), Arc::default()).unwrap();
-        serial.write(1, 1); // Interrupt on received data.
         let data = [b'x'; 100];
+        assert_eq!(serial.input(&data), 0, "nobody listens");
+        serial.write(1, 1); // Interrupt on received data.
+        assert_eq!(serial.room().read().unwrap(), 1);
         let first = serial.input(&data);
         assert!(first > 0 && first < data.len());
         assert_eq!(*counter.0.lock().unwrap(), 1);

@@ -57,7 +57,7 @@ pub enum NewVsockError {
 }
 
 /// What a socket device has done since it was made.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct VsockStats {
     /// Connections now, those that are being set up or closed among them.
     pub connections: u64,
