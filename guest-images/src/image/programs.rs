@@ -38,6 +38,10 @@ const LEFT_OUT: [&str; 9] = [
     "librdmacm",
 ];
 
+/// Libraries that no program names, because glibc loads them when they are needed: it aborts a
+/// program that cancels a thread (iperf3 at the end of each run) without the first.
+const LOADED_LATER: [&str; 1] = ["libgcc_s.so.1"];
+
 /// Where the loader looks without a cache (Debian's glibc).
 const LIBRARY_DIR: &str = "usr/lib/x86_64-linux-gnu";
 
@@ -68,6 +72,9 @@ pub(super) fn add(tree: &mut Tree, root: &Path) -> Result<()> {
             adder.add_needed(name, &content)?;
             adder.tree.file(&format!("usr/bin/{name}"), 0o755, content);
         }
+    }
+    for name in LOADED_LATER {
+        adder.add_library(name)?;
     }
     // What mke2fs makes is named by how it is called, and this file says what that means.
     tree.link("usr/bin/mkfs.ext4", "mke2fs");
@@ -150,17 +157,30 @@ impl Adder<'_> {
                 true => stand_in(&elf, &needed, &library)?,
                 false => None,
             };
-            let content = match stand_in {
-                Some(stand_in) => stand_in,
+            match stand_in {
+                Some(stand_in) => self.put(&needed, stand_in),
                 None => {
                     self.add_needed(&needed, &library)?;
-                    library
+                    self.put(&needed, library);
                 }
-            };
-            self.tree
-                .file(&format!("{LIBRARY_DIR}/{needed}"), 0o755, content);
+            }
         }
         Ok(())
+    }
+
+    /// Adds a library that programs load while they run.
+    fn add_library(&mut self, name: &str) -> Result<()> {
+        if self.done.insert(name.to_owned()) {
+            let library = self.library(name, "a program")?;
+            self.add_needed(name, &library)?;
+            self.put(name, library);
+        }
+        Ok(())
+    }
+
+    fn put(&mut self, library: &str, content: Vec<u8>) {
+        self.tree
+            .file(&format!("{LIBRARY_DIR}/{library}"), 0o755, content);
     }
 
     fn add_loader(&mut self, path: &str) -> Result<()> {

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
@@ -541,8 +541,24 @@ fn writer_to(file: OwnedFd) -> io::Result<(OwnedFd, JoinHandle<()>)> {
     let writer = thread::Builder::new()
         .name("lab-output".into())
         .spawn(move || {
-            // When nobody reads the file any more, the pipe closes, and so does the command's.
-            let _ = io::copy(&mut File::from(read), &mut File::from(file));
+            // Not `io::copy`: its splice(2) takes a file's position before it waits for data, so
+            // output and errors that go to one file would overwrite each other.
+            let (mut read, mut file) = (File::from(read), File::from(file));
+            let mut buffer = [0; 16 << 10];
+            loop {
+                let len = match read.read(&mut buffer) {
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                    Ok(0) | Err(_) => return,
+                    Ok(len) => len,
+                };
+                // When nobody reads the file any more, the pipe closes, and so does the command's.
+                if file
+                    .write_all(buffer.get(..len).unwrap_or_default())
+                    .is_err()
+                {
+                    return;
+                }
+            }
         })?;
     Ok((write, writer))
 }
