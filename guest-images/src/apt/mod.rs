@@ -4,7 +4,7 @@
 //! package's hash, and it resolves dependencies. Everything that it writes (sources, lists,
 //! cache, dpkg status) lies under Ringside's cache folder, so no root is needed and the machine's
 //! own apt state does not change. The archive's address is taken at run time from the machine's
-//! configuration ([`archive`]), as are proxy settings and the like.
+//! configuration (`archive.rs`), as are proxy settings and the like.
 //!
 //! What was fetched is remembered in a manifest for each request, so that a second request needs
 //! no network.

@@ -128,11 +128,11 @@ impl PrivateApt {
             ));
         }
 
-        progress.step(&format!(
-            "fetching {} packages of {}",
-            debs.len(),
-            self.suite.name()
-        ));
+        let what = match debs.as_slice() {
+            [deb] => deb.name.clone(),
+            debs => format!("{} packages", debs.len()),
+        };
+        progress.step(&format!("fetching {what} of {}", self.suite.name()));
         let mut command = command_with(&["--download-only", "--yes"], &archives);
         let result = run_with_progress("apt-get", &mut command, progress);
         progress.done();

@@ -25,7 +25,7 @@ const PROGRAMS: [(&str, &[&str]); 10] = [
     ("pciutils", &["lspci", "setpci"]),
 ];
 
-/// Libraries of fio's engines for services that a guest of ours does not have; see [`stub`].
+/// Libraries of fio's engines for services that a guest of ours does not have; see `stub.rs`.
 const LEFT_OUT: [&str; 9] = [
     "libgfapi",
     "libibverbs",
