@@ -203,8 +203,8 @@ fn impossible_machines_name_the_option() {
             Err(e) => (e.option(), e.to_string()),
         }
     };
-    assert_eq!(error(&|s| s.vcpus = 0).0, Some("--cpus"));
-    assert_eq!(error(&|s| s.vcpus = 33).0, Some("--cpus"));
+    assert_eq!(error(&|s| s.vcpus = 0).0, Some("--vcpus"));
+    assert_eq!(error(&|s| s.vcpus = 33).0, Some("--vcpus"));
     assert_eq!(error(&|s| s.memory = 1 << 20).0, Some("--memory"));
     assert_eq!(error(&|s| s.memory = 1 << 60).0, Some("--memory"));
     assert_eq!(error(&|s| s.memory += 1).0, Some("--memory"));
