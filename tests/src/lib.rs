@@ -21,6 +21,7 @@ mod function;
 mod interrupts;
 mod machine;
 mod memory;
+pub mod nvme;
 mod test_device;
 pub mod virtio;
 
