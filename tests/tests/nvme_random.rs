@@ -109,7 +109,7 @@ impl Bench {
         pairs.push(driver.create_polled_pair(3, 9));
         let len = (LONGEST * BLOCK) as u64;
         let buffers: Vec<Transfer> = (0..3 * DEPTH as u64)
-            .map(|i| Transfer::with_layout(&machine, i * 484 % 4096 & !3, len, i * 31 % 512))
+            .map(|i| Transfer::with_layout(&machine, (i * 484 % 4096) & !3, len, i * 31 % 512))
             .collect();
         Bench {
             free: (0..buffers.len()).collect(),
@@ -193,6 +193,11 @@ impl Bench {
             .free
             .pop()
             .expect("a buffer for each command in flight");
+        let bytes = match op {
+            Op::Deallocate => 2 * 16,
+            _ => blocks * BLOCK,
+        };
+        self.buffers[buffer].resize(bytes as u64);
         let data = &self.buffers[buffer];
         let (at, count) = (lba as u64, u32::try_from(blocks).unwrap());
         let mut expect = None;

@@ -4,12 +4,17 @@ use std::sync::Arc;
 
 use crate::{DmaBuffer, Machine, PAGE_SIZE, Side};
 
+/// The last entry of a list page.
+const LAST: u64 = PAGE_SIZE / 8 - 1;
+
 /// A data buffer: scattered pages, the PRP entries for them, and the lists these need.
 #[derive(Clone)]
 pub struct Transfer {
     pages: Vec<DmaBuffer>,
-    /// Kept because the PRP entries point to them.
-    _lists: Vec<DmaBuffer>,
+    /// Enough for all pages.
+    lists: Vec<DmaBuffer>,
+    /// First entry of the first list.
+    slot: u64,
     offset: u64,
     len: u64,
     prp: (u64, u64),
@@ -27,31 +32,61 @@ impl Transfer {
     pub fn with_layout(machine: &Arc<Machine>, offset: u64, len: u64, slot: u64) -> Transfer {
         let count = (offset + len).div_ceil(PAGE_SIZE).max(1);
         let side = |index: u64| {
-            if index % 2 == 0 {
+            if index.is_multiple_of(2) {
                 Side::High
             } else {
                 Side::Low
             }
         };
-        let pages: Vec<_> = (0..count).map(|i| machine.dma(side(i), 1)).collect();
-        let mut lists = Vec::new();
-        let prp1 = pages[0].at(offset).0;
-        let prp2 = match pages.as_slice() {
-            [_] => 0,
-            [_, second] => second.address().0,
-            [_, rest @ ..] => {
-                let entries: Vec<u64> = rest.iter().map(|page| page.address().0).collect();
-                write_lists(machine, &entries, slot, &mut lists)
-            }
-            [] => unreachable!("at least one page"),
-        };
-        Transfer {
-            pages,
-            _lists: lists,
+        let mut transfer = Transfer {
+            pages: (0..count).map(|i| machine.dma(side(i), 1)).collect(),
+            // Each list but the last gives up an entry for the link.
+            lists: (0..(slot + count).div_ceil(LAST) + 1)
+                .map(|i| machine.dma(side(i), 1))
+                .collect(),
+            slot,
             offset,
             len,
-            prp: (prp1, prp2),
+            prp: (0, 0),
+        };
+        transfer.resize(len);
+        transfer
+    }
+
+    /// Changes the length, to no more than the pages hold, and lays the PRPs out anew.
+    pub fn resize(&mut self, len: u64) {
+        let count = (self.offset + len).div_ceil(PAGE_SIZE).max(1);
+        let count = usize::try_from(count).expect("pages");
+        assert!(count <= self.pages.len(), "longer than the buffer");
+        self.len = len;
+        let prp2 = match &self.pages[..count] {
+            [_] | [] => 0,
+            [_, second] => second.address().0,
+            [_, rest @ ..] => self.write_lists(rest),
+        };
+        self.prp = (self.pages[0].at(self.offset).0, prp2);
+    }
+
+    /// Writes the PRP lists; returns where they begin.
+    fn write_lists(&self, pages: &[DmaBuffer]) -> u64 {
+        let mut lists = self.lists.iter();
+        let mut list = lists.next().expect("a list");
+        let start = list.at(self.slot * 8).0;
+        let mut slot = self.slot;
+        let mut rest = pages;
+        while let [page, tail @ ..] = rest {
+            if slot == LAST && !tail.is_empty() {
+                let next = lists.next().expect("another list");
+                list.write(slot * 8, next.address().0);
+                list = next;
+                slot = 0;
+                continue;
+            }
+            list.write(slot * 8, page.address().0);
+            slot += 1;
+            rest = tail;
         }
+        start
     }
 
     /// PRP entry 1 and 2.
@@ -102,32 +137,4 @@ impl Transfer {
         }
         data
     }
-}
-
-/// Writes PRP lists that begin at entry `slot` of a page; returns where.
-fn write_lists(
-    machine: &Arc<Machine>,
-    entries: &[u64],
-    slot: u64,
-    lists: &mut Vec<DmaBuffer>,
-) -> u64 {
-    const LAST: u64 = PAGE_SIZE / 8 - 1;
-    let mut list = machine.dma(Side::Low, 1);
-    let start = list.at(slot * 8).0;
-    let mut slot = slot;
-    let mut rest = entries;
-    while let [entry, tail @ ..] = rest {
-        if slot == LAST && !tail.is_empty() {
-            let next = machine.dma(Side::High, 1);
-            list.write(slot * 8, next.address().0);
-            lists.push(std::mem::replace(&mut list, next));
-            slot = 0;
-            continue;
-        }
-        list.write(slot * 8, *entry);
-        slot += 1;
-        rest = tail;
-    }
-    lists.push(list);
-    start
 }

@@ -1,0 +1,49 @@
+//! Nanoseconds per NVMe command on the null back end: doorbell, worker, completion, no interrupt.
+//! The fake driver's own work (filling entries, polling the ring) is part of the figure.
+//!
+//! The worker polls (`Busy`), so that no sleep and no wake-up is measured; with fewer than two free
+//! cores, driver and worker share one and the figures are those of the scheduler.
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use devices::block::NullBackend;
+use devices::nvme::spec::command::nvm;
+use devices::worker::PollPolicy;
+use tests::Machine;
+use tests::nvme::{Command, Driver, Pair, Transfer, attach, config};
+
+fn batch(pair: &mut Pair, command: Command, depth: u32) {
+    for _ in 0..depth {
+        pair.sq.push(command);
+    }
+    pair.sq.ring();
+    for _ in 0..depth {
+        while pair.cq.poll().is_none() {
+            std::hint::spin_loop();
+        }
+    }
+    pair.cq.ring();
+}
+
+fn commands(c: &mut Criterion) {
+    let machine = Machine::new();
+    let disk = NullBackend::new(1 << 30);
+    let nvme = attach(&machine, 3, config(vec![(1, disk, 512)]));
+    let mut driver = Driver::bring_up(&machine, 3);
+    let mut pair = driver.create_polled_pair(1, 256);
+    nvme.set_policy(PollPolicy::Busy);
+    let mut group = c.benchmark_group("nvme/null");
+    for bytes in [4096u32, 131_072] {
+        let data = Transfer::new(&machine, bytes.into());
+        let read = Command::blocks(nvm::READ, 1, 0, bytes / 512).data(&data);
+        for depth in [1, 32] {
+            group.throughput(Throughput::Elements(depth.into()));
+            group.bench_function(format!("read {bytes} B, QD{depth}"), |b| {
+                b.iter(|| batch(&mut pair, read, depth));
+            });
+        }
+    }
+    group.finish();
+}
+
+criterion_group!(benches, commands);
+criterion_main!(benches);
