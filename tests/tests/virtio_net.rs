@@ -531,6 +531,43 @@ fn guest_offloads_change_live() {
     assert_eq!(driver.receive[0].wait()[0], 1);
 }
 
+/// Moderation set by the driver: one interrupt for a full count of packets, and one for the rest when
+/// the time is up.
+#[test]
+fn notifications_are_coalesced() {
+    let wire = Wire::new(1);
+    let features = f::CTRL_VQ | f::NOTF_COAL;
+    let mut driver = NetDriver::start(Arc::clone(&wire) as _, 1, setup(features));
+    let moderate = |driver: &mut NetDriver, command: u8, packets: u32, usecs: u32| {
+        let mut data = packets.to_le_bytes().to_vec();
+        data.extend(usecs.to_le_bytes());
+        driver.command(6, command, &data)
+    };
+    // The bound of time is far away: only the count raises interrupts.
+    assert!(moderate(&mut driver, 0, 4, 1_000_000_000));
+    for round in 0..3 {
+        for i in 0..4 {
+            assert_eq!(driver.vector(1).count(), round);
+            driver.send(0, &[plain(&frame(BROADCAST, 60, i))]);
+            driver.transmit[0].queue.wait_used();
+        }
+        assert_eq!(driver.vector(1).wait(TIMEOUT), 1);
+    }
+    // The count is far away: time raises the interrupt.
+    assert!(moderate(&mut driver, 1, 1000, 500));
+    driver.post(0, 4, 2048);
+    wire.inject(0, plain(&frame(NetDriver::MAC, 60, 1)));
+    driver.receive[0].wait();
+    assert_eq!(driver.vector(0).wait(TIMEOUT), 1);
+    assert!(!moderate(&mut driver, 2, 1, 1));
+    assert!(!driver.command(6, 0, &[0; 7]));
+    // A reset turns it off.
+    driver.virtio.reset();
+    driver.begin(setup(features));
+    driver.send(0, &[plain(&frame(BROADCAST, 60, 1))]);
+    assert_eq!(driver.vector(1).wait(TIMEOUT), 1);
+}
+
 #[test]
 fn a_host_that_refuses_at_start_is_a_needed_reset() {
     let wire = Wire::new(1);

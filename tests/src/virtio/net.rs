@@ -40,6 +40,7 @@ pub mod features {
     pub const VERSION_1: u64 = 1 << 32;
     pub const ACCESS_PLATFORM: u64 = 1 << 33;
     pub const RING_RESET: u64 = 1 << 40;
+    pub const NOTF_COAL: u64 = 1 << 53;
     pub const HOST_USO: u64 = 1 << 56;
     pub const SPEED_DUPLEX: u64 = 1 << 63;
 }

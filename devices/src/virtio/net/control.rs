@@ -2,17 +2,18 @@
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use iommu::Access;
 
 use super::device::Core;
 use super::filter::{Filter, Mac, MacTable, TABLE};
-use super::pair::Pair;
+use super::pair::{Pair, RECEIVE, TRANSMIT};
 use super::spec::{self, ctrl, feature};
 use crate::virtio::{
     Chain, DmaTask, Fault, RingError, Slices, Virtqueue, copy_in, copy_out, resolve,
 };
-use crate::worker::{Polled, QueueTask, Worker};
+use crate::worker::{Coalesce, Polled, QueueTask, Worker};
 
 /// Longest command that is read: a header and two MAC tables of about 5,000 entries each.
 const MAX_COMMAND: usize = 64 * 1024;
@@ -148,6 +149,7 @@ impl Control {
             (ctrl::VLAN, _) => feature::CTRL_VLAN,
             (ctrl::MQ, _) => feature::MQ,
             (ctrl::GUEST_OFFLOADS, _) => feature::CTRL_GUEST_OFFLOADS,
+            (ctrl::NOTF_COAL, _) => feature::NOTF_COAL,
             _ => return None,
         };
         if self.features & needs == 0 {
@@ -168,6 +170,12 @@ impl Control {
             }
             (ctrl::GUEST_OFFLOADS, ctrl::GUEST_OFFLOADS_SET) => {
                 return self.set_offloads(u64::from_le_bytes(*data.first_chunk()?));
+            }
+            (ctrl::NOTF_COAL, ctrl::NOTF_COAL_TX_SET) => {
+                return self.set_coalesce(TRANSMIT, data);
+            }
+            (ctrl::NOTF_COAL, ctrl::NOTF_COAL_RX_SET) => {
+                return self.set_coalesce(RECEIVE, data);
             }
             _ => return None,
         }
@@ -252,6 +260,21 @@ impl Control {
         }
         for worker in self.pairs.iter().flatten() {
             worker.with(move |pair| pair.set_offloads(offloads));
+        }
+        Some(())
+    }
+
+    /// `ethtool -C`: in force until the next reset, like all that the driver sets. Zeroes turn
+    /// moderation off.
+    fn set_coalesce(&self, source: usize, data: &[u8]) -> Option<()> {
+        let (packets, rest) = data.split_first_chunk::<4>()?;
+        let usecs = u32::from_le_bytes(*rest.first_chunk()?);
+        let coalesce = Coalesce {
+            max_events: u32::from_le_bytes(*packets),
+            max_delay: Duration::from_micros(usecs.into()),
+        };
+        for worker in self.pairs.iter().flatten() {
+            worker.set_coalesce(source, coalesce);
         }
         Some(())
     }

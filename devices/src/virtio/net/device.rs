@@ -465,6 +465,7 @@ impl VirtioDevice for VirtioNet {
             | feature::CTRL_RX_EXTRA
             | feature::CTRL_VLAN
             | feature::CTRL_MAC_ADDR
+            | feature::NOTF_COAL
             | feature::SPEED_DUPLEX;
         let transmit = self.core.backend.transmit_offloads();
         let receive = self.core.backend.receive_offloads();

@@ -25,6 +25,7 @@ pub mod feature {
     pub const CTRL_RX_EXTRA: u64 = 1 << 20;
     pub const MQ: u64 = 1 << 22;
     pub const CTRL_MAC_ADDR: u64 = 1 << 23;
+    pub const NOTF_COAL: u64 = 1 << 53;
     pub const GUEST_USO4: u64 = 1 << 54;
     pub const GUEST_USO6: u64 = 1 << 55;
     pub const HOST_USO: u64 = 1 << 56;
@@ -32,7 +33,7 @@ pub mod feature {
 
     /// What each feature needs (5.1.3.1): a driver that accepts the first must accept one of the
     /// second.
-    pub const NEEDS: [(u64, u64); 15] = [
+    pub const NEEDS: [(u64, u64); 16] = [
         (GUEST_TSO4, GUEST_CSUM),
         (GUEST_TSO6, GUEST_CSUM),
         (GUEST_ECN, GUEST_TSO4 | GUEST_TSO6),
@@ -48,6 +49,7 @@ pub mod feature {
         (MQ, CTRL_VQ),
         (CTRL_MAC_ADDR, CTRL_VQ),
         (CTRL_GUEST_OFFLOADS, CTRL_VQ),
+        (NOTF_COAL, CTRL_VQ),
     ];
 
     /// Offloads that CTRL_GUEST_OFFLOADS_SET may switch (5.1.6.5.6).
@@ -129,6 +131,10 @@ pub mod ctrl {
 
     pub const GUEST_OFFLOADS: u8 = 5;
     pub const GUEST_OFFLOADS_SET: u8 = 0;
+
+    pub const NOTF_COAL: u8 = 6;
+    pub const NOTF_COAL_TX_SET: u8 = 0;
+    pub const NOTF_COAL_RX_SET: u8 = 1;
 }
 
 /// Least MTU of an Ethernet device (5.1.4.1).
