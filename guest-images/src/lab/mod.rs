@@ -24,7 +24,9 @@
 //! host's own; locks on files in writable folders do not reach outside (9p does not carry them),
 //! so the outside process must hold those that others have to see; files in writable folders
 //! cannot be punched or preallocated, for which disk images are attached as block devices
-//! ([`LabDisk`]); standard input is read ahead by up to 256 KiB.
+//! ([`LabDisk`]); what is made outside the writable folders after the start may stay unseen;
+//! standard input is read ahead by up to 256 KiB; a signal to the outside process reaches the
+//! command alone, not its children (keys on a terminal reach the terminal's foreground group).
 
 mod image;
 mod mux;
