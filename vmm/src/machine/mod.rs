@@ -349,7 +349,8 @@ impl MachineHandle {
     }
 
     /// Presses the power button. False if nobody listens: the machine does not run, or the guest has
-    /// no driver for the button (Linux' module `button`).
+    /// not enabled the interrupt of ACPI's event device (yet). What the guest then does with the
+    /// press is its own affair; Linux without the module `button` does nothing.
     pub fn press_power_button(&self) -> bool {
         let pressed = self.current(|current| {
             let listens = !current.ioapic.is_masked(layout::POWER_BUTTON_PIN);
