@@ -16,12 +16,12 @@ use iommu::{DmaMemory, Iova};
 use pci::MsixVector;
 
 use super::command::{Action, Wait};
+use super::doorbell::BadRing;
 use super::events::ErrorInfo;
 use super::namespace;
 use super::queue::{CompletionQueue, QueueId, SubmissionQueue};
 use super::shared::{NO_BURST_LIMIT, Shared};
 use super::slot::{Kind, Rest, Slots};
-use super::spec::command::event::INVALID_DOORBELL_VALUE;
 use super::spec::command::{Cqe, Status};
 use crate::block::{BlockCompletion, BlockOp, BlockQueue, BlockRequest};
 use crate::worker::{Polled, QueueTask};
@@ -467,7 +467,7 @@ impl Core {
         if let Some(cq) = &mut self.cq
             && !cq.update_head()
         {
-            self.shared.event(INVALID_DOORBELL_VALUE);
+            self.shared.bad_ring(self.id, BadRing::Value);
         }
     }
 }

@@ -74,6 +74,7 @@ impl AdminTask {
         let mut log = SmartLog::new_zeroed();
         log.critical_warning = self.warnings();
         log.temperature = TEMPERATURE.to_le_bytes();
+        // No wear: there is no medium of our own. Controller Busy Time is not measured and stays 0.
         log.spare = 100;
         log.spare_threshold = 10;
         let (mut reads, mut writes, mut read, mut written) = (0u64, 0u64, 0u64, 0u64);

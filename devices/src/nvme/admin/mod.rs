@@ -20,12 +20,12 @@ use pci::MsixVector;
 use self::features::Features;
 use self::queues::Created;
 use super::command::{Refusal, check_form};
+use super::doorbell::BadRing;
 use super::events::ErrorInfo;
 use super::prp;
 use super::queue::{CompletionQueue, CqPermit, QueueId, SubmissionQueue};
 use super::regs::{Request, Setup};
 use super::shared::Shared;
-use super::spec::command::event::INVALID_DOORBELL_VALUE;
 use super::spec::command::{Cqe, Sqe, Status, admin, high, low};
 use super::workers::IoWorkers;
 use super::{Config, namespace};
@@ -322,7 +322,7 @@ impl AdminTask {
         if let Some((_, cq)) = &mut self.queues
             && !cq.update_head()
         {
-            self.shared.event(INVALID_DOORBELL_VALUE);
+            self.shared.bad_ring(QueueId::ADMIN, BadRing::Value);
         }
     }
 
