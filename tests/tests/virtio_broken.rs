@@ -195,6 +195,23 @@ fn bad_receive_buffers() {
     expect_broken(&mut driver, &wire, "no such head");
 }
 
+/// Buffers of no length at all, as many as indirect tables can name.
+#[test]
+fn empty_receive_buffers() {
+    let wire = Wire::new(1);
+    let mut driver = NetDriver::start(Arc::clone(&wire) as _, 1, NetSetup { size: 256, ..SETUP });
+    let page = driver.receive[0].buffers.at(0).0;
+    for _ in 0..16 {
+        driver.receive[0]
+            .queue
+            .add_indirect(&[Part::writable(page, 0); 256]);
+    }
+    driver.receive[0].post(2048);
+    driver.receive[0].queue.kick();
+    wire.inject(0, plain(&frame(NetDriver::MAC, 60, 7)));
+    expect_broken(&mut driver, &wire, "no room for anything");
+}
+
 #[test]
 fn a_control_command_without_room_for_the_answer() {
     let (mut driver, wire) = start();

@@ -324,7 +324,9 @@ impl VirtioNet {
         let counters = self.counters.get(usize::from(queue.index / 2));
         let counters = counters.map_or_else(Arc::default, |pair| Arc::clone(&pair.receive));
         let active = queue.index / 2 < self.core.active_pairs();
-        let mut receive = Receive::new(queue, counters, features, filter);
+        let mtu = usize::from(self.mtu.unwrap_or(0));
+        let frame = spec::ORDINARY_FRAME.max(mtu + spec::ETHERNET + 4);
+        let mut receive = Receive::new(queue, counters, features, frame, filter);
         receive.set_active(active);
         receive.set_offloads(self.core.offloads.load(Ordering::Relaxed));
         receive

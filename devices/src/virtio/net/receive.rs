@@ -33,6 +33,8 @@ pub(super) struct Receive {
     mergeable: bool,
     /// Offloads that the driver takes now, a mask of `GUEST_*` features.
     offloads: u64,
+    /// Longest frame that is not a segmented one.
+    frame: usize,
     filter: Filter,
     /// Packets may arrive on this queue (`VQ_PAIRS_SET`).
     active: bool,
@@ -61,6 +63,7 @@ impl Receive {
         queue: Virtqueue,
         counters: Arc<QueueCounters>,
         features: u64,
+        frame: usize,
         filter: Filter,
     ) -> Receive {
         Receive {
@@ -68,6 +71,7 @@ impl Receive {
             counters,
             mergeable: features & feature::MRG_RXBUF != 0,
             offloads: features & feature::GUEST_OFFLOADS,
+            frame,
             filter,
             active: false,
             starved: false,
@@ -159,6 +163,10 @@ impl Receive {
                 first.slices
             };
             let window = all.get(..end.min(MAX_SLICES)).unwrap_or_default();
+            if window.is_empty() {
+                // A buffer has room for the header at least (5.1.6.3.1); these have for nothing.
+                return Err(Fault::Request.into());
+            }
             let len = match backend.receive(window) {
                 Ok(Some(len)) => len,
                 Ok(None) => break,
@@ -209,7 +217,10 @@ impl Receive {
         let wanted = self.longest();
         loop {
             let enough = if self.mergeable {
-                cursor.room >= wanted || slices.len() - cursor.slice >= MAX_SLICES
+                // Empty buffers make segments without slices: they are bounded too.
+                cursor.room >= wanted
+                    || slices.len() - cursor.slice >= MAX_SLICES
+                    || self.segments.len() - cursor.segment >= MAX_SLICES
             } else {
                 self.posted.len() > cursor.chain
             };
@@ -245,7 +256,7 @@ impl Receive {
             feature::GUEST_TSO4 | feature::GUEST_TSO6 | feature::GUEST_USO4 | feature::GUEST_USO6;
         HEADER_LEN
             + if self.offloads & segmented == 0 {
-                spec::ORDINARY_FRAME
+                self.frame
             } else {
                 spec::MAX_FRAME
             }
