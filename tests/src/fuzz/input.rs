@@ -44,8 +44,8 @@ impl<'a> Input<'a> {
         from[usize::from(self.byte()) % from.len()]
     }
 
-    /// What is left.
-    pub fn rest(&self) -> &'a [u8] {
-        self.0
+    /// True for one byte in `n`.
+    pub fn one_in(&mut self, n: u8) -> bool {
+        self.byte().is_multiple_of(n)
     }
 }
