@@ -26,9 +26,10 @@ pub(super) struct CpArgs {
     #[arg(value_name = "TARGET")]
     target: String,
 
-    /// Seconds to wait for the guest to boot
-    #[arg(short, long, value_name = "SECONDS", default_value_t = 10)]
-    wait: u32,
+    /// Seconds to wait for the guest to boot, and to be started at all [default: 10 for a guest
+    /// that runs]
+    #[arg(short, long, value_name = "SECONDS")]
+    wait: Option<u32>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -87,7 +88,7 @@ fn ends_in_slash(path: &Path) -> bool {
     path.as_os_str().as_encoded_bytes().ends_with(b"/")
 }
 
-fn put(source: &Path, name: &str, target: &Path, wait: u32) -> Done {
+fn put(source: &Path, name: &str, target: &Path, wait: Option<u32>) -> Done {
     let bad = |problem: String| BadInput::new(source.display().to_string(), problem);
     let metadata = fs::metadata(source).map_err(|error| bad(format!("cannot be read: {error}")))?;
     if !metadata.is_file() {
@@ -102,7 +103,7 @@ fn put(source: &Path, name: &str, target: &Path, wait: u32) -> Done {
     Ok(0)
 }
 
-fn get(name: &str, source: &Path, target: &Path, wait: u32) -> Done {
+fn get(name: &str, source: &Path, target: &Path, wait: Option<u32>) -> Done {
     let target = with_name(target, source, target.is_dir() || ends_in_slash(target))?;
     let folder = match target.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,

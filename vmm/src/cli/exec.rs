@@ -4,7 +4,7 @@ use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use guest_images::agent::{
     AgentClient, AgentError, Control, ExecIo, ExecSpec, Exit, Window, control,
@@ -15,7 +15,7 @@ use signal_hook::iterator::Signals;
 
 use super::{Done, Failure};
 use crate::config::BadInput;
-use crate::control::find;
+use crate::control::{RuntimeError, find};
 
 /// The command could not be found or run (as env(1) and shells have it), or the guest not reached.
 const NOT_FOUND: u8 = 127;
@@ -40,9 +40,10 @@ pub(super) struct ExecArgs {
     #[arg(short, long)]
     tty: bool,
 
-    /// Seconds to wait for the guest to boot
-    #[arg(short, long, value_name = "SECONDS", default_value_t = 10)]
-    wait: u32,
+    /// Seconds to wait for the guest to boot, and to be started at all [default: 10 for a guest
+    /// that runs]
+    #[arg(short, long, value_name = "SECONDS")]
+    wait: Option<u32>,
 
     /// Set an environment variable; may be repeated
     #[arg(short, long, value_name = "NAME=VALUE")]
@@ -57,19 +58,32 @@ pub(super) struct ExecArgs {
     command: Vec<std::ffi::OsString>,
 }
 
-/// The agent of a guest that runs, after up to `seconds` of waiting for it.
+/// How long a guest that runs may take to answer if the user has not said.
+const PATIENCE: u32 = 10;
+/// How often it is looked for a guest that is to be started.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// The agent of a guest, which is waited for. A name that nobody has is only waited for if the user
+/// asked for it: mostly it is a mistake.
 pub(super) fn connect(
     name: &str,
-    seconds: u32,
+    wait: Option<u32>,
 ) -> Result<Result<AgentClient, AgentError>, Failure> {
-    let guest = find(name)?;
+    let patience = Duration::from_secs(wait.unwrap_or(PATIENCE).into());
+    let start = Instant::now();
+    let guest = loop {
+        match find(name) {
+            Err(RuntimeError::BadInput(_)) if wait.is_some() && start.elapsed() < patience => {
+                thread::sleep(LOOK);
+            }
+            found => break found?,
+        }
+    };
     let socket = guest.vsock.ok_or_else(|| {
-        BadInput::new(
-            name,
-            "the guest has no vsock device: start it without --vsock off",
-        )
+        let problem = "the guest has no vsock device: start it without --vsock off";
+        BadInput::new(name, problem)
     })?;
-    let patience = Duration::from_secs(seconds.into());
+    let patience = patience.saturating_sub(start.elapsed());
     Ok(AgentClient::connect(&socket, patience))
 }
 
