@@ -19,6 +19,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 const MEMORY: u64 = 64 << 20;
 const REPORT: u16 = 0xf4;
+const COM1: u16 = 0x3f8;
 const SLEEP_CONTROL: u16 = 0x600;
 const DOORBELL: u64 = 0xc000_0000;
 /// What the guest ends on.
@@ -43,6 +44,7 @@ impl GuestBus for Listener {
                 None
             }
             SLEEP_CONTROL => Some(Request::PowerOff),
+            COM1 => panic!("a device's bug, on purpose"),
             _ => None,
         }
     }
@@ -364,5 +366,19 @@ fn a_doorbell_with_a_value_takes_that_value_alone() {
     assert_eq!(
         *stores,
         [(DOORBELL, vec![7, 0, 0, 0]), (DOORBELL, vec![9, 0])]
+    );
+}
+
+#[test]
+fn a_bug_in_a_device_ends_the_run_with_a_message() {
+    let Some(mut bench) = Bench::new("o") else {
+        return;
+    };
+    bench.start();
+    let outcome = bench.ended.recv_timeout(TIMEOUT).unwrap();
+    bench.thread.take().unwrap().stop();
+    assert!(
+        matches!(&outcome, Outcome::Failed(text) if text.contains("bug") && text.contains("rip")),
+        "{outcome:?}"
     );
 }

@@ -6,7 +6,7 @@ mod kvm_common;
 use std::thread;
 
 use kvm_common::{Bare, bzimage, print};
-use vmm::machine::{ExitReason, Machine, OnReboot};
+use vmm::machine::{ExitReason, Machine, NamespaceSpec, NvmeSpec, OnReboot, Storage, VsockSpec};
 
 #[test]
 fn boots_by_pvh_and_prints() {
@@ -162,14 +162,39 @@ fn restart_builds_the_machine_afresh() {
     bare.spec.on_reboot = OnReboot::Restart;
     assert_eq!(bare.run().0, ExitReason::Panic, "a panic is no reboot");
     bare.spec.cmdline = "r".into();
+    // Devices are made anew: a socket that is bound, a disk that keeps its data.
+    bare.spec.vsock = Some(VsockSpec {
+        cid: 3,
+        socket: bare.folder.path().join("vsock"),
+    });
+    bare.spec.nvme = vec![NvmeSpec {
+        name: "disk".into(),
+        serial: "1".into(),
+        queues: 2,
+        namespaces: vec![NamespaceSpec {
+            storage: Storage::Memory { size: 1 << 20 },
+            block_size: 512,
+        }],
+    }];
     let machine = bare.machine();
     let handle = machine.handle();
     let run = thread::spawn(move || machine.run());
-    while handle.stats().vcpus.is_empty() {
-        thread::yield_now();
+    // Each incarnation starts its exit counts at zero.
+    let (mut restarts, mut last) = (0, 0);
+    while restarts < 3 && !run.is_finished() {
+        let stats = handle.stats();
+        if let Some(vcpu) = stats.vcpus.first() {
+            assert_eq!(stats.devices["disk"].kind, "nvme");
+            assert_eq!(stats.devices["vsock"].address, "00:02.0");
+            let now = vcpu.kvm.get("exits").copied().unwrap_or(0);
+            restarts += u32::from(now < last);
+            last = now;
+            thread::yield_now();
+        }
     }
     handle.kill();
     assert_eq!(run.join().unwrap().unwrap(), ExitReason::Killed);
+    assert_eq!(restarts, 3);
 }
 
 #[test]

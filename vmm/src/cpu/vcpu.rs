@@ -1,6 +1,7 @@
 //! One vCPU: created, set up, run in its own thread until the guest or somebody else ends it.
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Once, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -180,7 +181,13 @@ impl Vcpu {
         let thread = thread::Builder::new()
             .name(format!("vcpu{id}"))
             .spawn(move || {
-                let outcome = run(&mut self, &*bus, &inside, &trace);
+                // A bug in a device ends the machine with a message, not with a CPU that is missing.
+                let outcome =
+                    catch_unwind(AssertUnwindSafe(|| run(&mut self, &*bus, &inside, &trace)))
+                        .unwrap_or_else(|_| {
+                            let what = "this program has a bug: the vCPU's thread panicked";
+                            Some(Outcome::Failed(report::failure(id, &self.fd, what)))
+                        });
                 // The page goes away with the descriptor: nobody may kick after this.
                 inside
                     .immediate_exit

@@ -341,10 +341,12 @@ impl MachineHandle {
                 .map(|time| time.as_secs_f64() * 1e3),
             ..MachineStats::default()
         };
-        let sources = self.current(|current| current.stats.clone());
-        if let Some(sources) = sources.flatten() {
-            sources.read(&mut stats);
-        }
+        // Inside the lock, so that nobody holds on to a device when the machine is taken down.
+        self.current(|current| {
+            if let Some(sources) = &current.stats {
+                sources.read(&mut stats);
+            }
+        });
         stats
     }
 
