@@ -61,8 +61,10 @@ pub mod lab;
 pub mod progress;
 #[path = "../agent/protocol.rs"]
 mod protocol;
+mod tools;
 
 pub use cache::CacheDir;
 pub use error::{Error, Result};
 pub use image::{Image, Images, Release};
 pub use progress::Progress;
+pub use tools::HostTools;

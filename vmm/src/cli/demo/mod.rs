@@ -18,6 +18,7 @@ use std::process::{Command, Stdio};
 
 use guest_images::apt::Freshness;
 use guest_images::lab::{LabCommand, LabSpec};
+use guest_images::{CacheDir, HostTools, progress};
 
 use super::nested::{in_lab, processors};
 use super::{Done, Failure, image, run};
@@ -78,14 +79,16 @@ pub(super) fn main(args: &DemoArgs) -> Done {
     }
     // Everything that takes long or needs the network happens before the guest and out here.
     image::ready(release, Freshness::Cached)?;
-    let tools = network::tools()?;
+    let cache = CacheDir::discover().map_err(Failure::other)?;
+    let tools = HostTools::prepare(&cache, &*progress::on_stderr()).map_err(Failure::other)?;
+    let tools = tools.root();
     match args.accel {
         Accel::Auto => match run::auto() {
             Accel::Nested => nested(args),
-            _ => here(args, &tools),
+            _ => here(args, tools),
         },
         Accel::Nested => nested(args),
-        Accel::Kvm => here(args, &tools),
+        Accel::Kvm => here(args, tools),
     }
 }
 

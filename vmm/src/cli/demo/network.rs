@@ -1,12 +1,10 @@
 //! The other side of the guest's network card: a tap interface and an iperf3 server.
 
-use std::fs;
 use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use guest_images::apt::{self, Apt, Freshness, Suite};
-use guest_images::{CacheDir, progress};
+use guest_images::HostTools;
 
 use super::Failure;
 
@@ -16,49 +14,13 @@ pub(super) const TAP: &str = "ringside0";
 pub(super) const HOST_ADDRESS: &str = "192.0.2.1";
 pub(super) const GUEST_ADDRESS: &str = "192.0.2.2";
 
-/// The folder with iperf3 and ip, unpacked from Debian's packages, with the libraries that they
-/// need.
-pub(super) fn tools() -> Result<PathBuf, Failure> {
-    let cache = CacheDir::discover().map_err(Failure::other)?;
-    let progress = progress::on_stderr();
-    let _lock = cache.lock("demo-tools").map_err(Failure::other)?;
-    let debs = Apt::new(&cache)
-        .suite(Suite::Trixie)
-        .fetch_closure(&["iperf3", "iproute2"], Freshness::Cached, &*progress)
-        .map_err(Failure::other)?;
-    // Another version of a package is another folder.
-    let iperf = debs.iter().find(|deb| deb.name == "iperf3");
-    let sum = iperf.map_or("none", |deb| deb.sha256.as_str());
-    let folder = cache.dir("demo-tools").map_err(Failure::other)?.join(sum);
-    if folder.is_dir() {
-        return Ok(folder);
-    }
-    progress.step("unpacking programs for the demo");
-    let temp = cache.temp_dir().map_err(Failure::other)?;
-    let root = temp.path().join("root");
-    for deb in &debs {
-        apt::unpack(deb, &root).map_err(Failure::other)?;
-    }
-    fs::rename(&root, &folder)?;
-    progress.done();
-    Ok(folder)
-}
-
-/// A program of `tools` with its own loader and libraries: those of the host may be older.
+/// A program of the demo's tools.
 fn program(tools: &Path, name: &str) -> Result<Command, Failure> {
-    let libraries = tools.join("usr/lib/x86_64-linux-gnu");
-    let path = ["usr/bin", "usr/sbin", "bin", "sbin"]
-        .into_iter()
-        .map(|folder| tools.join(folder).join(name))
-        .find(|path| path.is_file())
+    let words = HostTools::at(tools)
+        .command(name)
         .ok_or_else(|| Failure::Other(format!("{} has no {name}", tools.display())))?;
-    let mut command = Command::new(libraries.join("ld-linux-x86-64.so.2"));
-    command
-        .arg("--inhibit-cache")
-        .arg("--library-path")
-        .arg(&libraries)
-        .arg(path)
-        .stdin(Stdio::null());
+    let mut command = Command::new(&words[0]);
+    command.args(&words[1..]).stdin(Stdio::null());
     Ok(command)
 }
 

@@ -1,0 +1,389 @@
+//! Real Linux guests for tests.
+//!
+//! The [`Host`] is a place where `ringside run` works: this machine when its KVM can run a kernel,
+//! otherwise one nested host, which all tests of a process share. A [`Guest`] is a `ringside run` in
+//! it; the test talks to it as a user would, with `ringside exec` and its standard output.
+
+use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+use guest_images::apt::Freshness;
+use guest_images::lab::{self, LabCommand, LabSpec, RelayProgram, Running, Session};
+use guest_images::{CacheDir, HostTools, Image, Images, Release, progress};
+
+/// Seconds that a guest may take to boot: fifty times what it takes on a quiet machine.
+const BOOT_SECONDS: &str = "400";
+
+/// What a command did.
+#[derive(Debug)]
+pub struct Done {
+    /// Its exit code; 128 and the signal's number if a signal ended it.
+    pub code: u8,
+    /// Standard output, as text.
+    pub stdout: String,
+    /// Standard error, as text.
+    pub stderr: String,
+}
+
+impl Done {
+    fn new(code: u8, stdout: &[u8], stderr: &[u8]) -> Done {
+        let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+        Done {
+            code,
+            stdout: text(stdout),
+            stderr: text(stderr),
+        }
+    }
+}
+
+/// Where guests run. Borrowed through [`host`], one test at a time: the nested host's processors are
+/// slow, and two guests at once only make both late.
+pub struct Host {
+    ringside: PathBuf,
+    session: Option<Session>,
+    /// A writable folder in the host.
+    dir: PathBuf,
+    next: AtomicU32,
+}
+
+/// A process that runs in the host.
+enum Process {
+    Direct(Child),
+    Nested(Running),
+}
+
+/// The host, started and its program built at the first call.
+///
+/// # Panics
+///
+/// The program does not build or the nested host does not start: no Linux test can run.
+pub fn host() -> MutexGuard<'static, Host> {
+    static HOST: OnceLock<Mutex<Host>> = OnceLock::new();
+    HOST.get_or_init(|| Mutex::new(Host::start()))
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Host {
+    fn start() -> Host {
+        let ringside = build_ringside();
+        let verdict = Command::new(&ringside)
+            .args(["doctor", "--json"])
+            .output()
+            .expect("ringside doctor");
+        let verdict: serde_json::Value =
+            serde_json::from_slice(&verdict.stdout).expect("ringside doctor prints JSON");
+        let session = match verdict["accel-auto"].as_str() {
+            Some("kvm") => None,
+            Some("nested") => {
+                let mut spec = LabSpec::new().expect("this executable's path");
+                spec.relay = RelayProgram {
+                    executable: ringside.clone(),
+                    arguments: vec![lab::RELAY_COMMAND.into()],
+                };
+                spec.memory_mib = 4096;
+                let cache = CacheDir::discover().expect("a cache folder");
+                let session = Session::start(spec, &cache, &*progress::on_stderr());
+                Some(session.expect("the nested host"))
+            }
+            other => panic!("ringside doctor says to use {other:?}"),
+        };
+        let dir = std::env::temp_dir().join(format!("ringside-linux-{}", std::process::id()));
+        let host = Host {
+            ringside,
+            session,
+            dir,
+            next: AtomicU32::new(0),
+        };
+        let dir = host
+            .dir
+            .to_str()
+            .expect("a folder name in UTF-8")
+            .to_owned();
+        host.shell(&format!("mkdir -m 700 {dir}"));
+        host
+    }
+
+    /// Runs a command to its end.
+    pub fn run<S: AsRef<OsStr>>(&self, argv: impl IntoIterator<Item = S>) -> Done {
+        self.spawn(argv).wait()
+    }
+
+    /// Runs a line of shell, which must succeed, and returns what it printed.
+    pub fn shell(&self, line: &str) -> String {
+        let done = self.run(["sh", "-c", line]);
+        assert_eq!(done.code, 0, "{line}: {}{}", done.stdout, done.stderr);
+        done.stdout
+    }
+
+    /// Runs `ringside` with these arguments to its end.
+    pub fn ringside<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Done {
+        self.run(self.command(args))
+    }
+
+    fn command<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Vec<OsString> {
+        let program = self.ringside.clone().into_os_string();
+        let args = args.into_iter().map(|arg| arg.as_ref().to_owned());
+        std::iter::once(program).chain(args).collect()
+    }
+
+    fn spawn<S: AsRef<OsStr>>(&self, argv: impl IntoIterator<Item = S>) -> Process {
+        let argv: Vec<OsString> = argv
+            .into_iter()
+            .map(|arg| arg.as_ref().to_owned())
+            .collect();
+        match &self.session {
+            None => {
+                let child = Command::new(&argv[0])
+                    .args(&argv[1..])
+                    .env("XDG_RUNTIME_DIR", &self.dir)
+                    .stdin(Stdio::null())
+                    .stdout(Stdio::piped())
+                    .stderr(Stdio::piped())
+                    .spawn();
+                Process::Direct(child.expect("the command starts"))
+            }
+            Some(session) => {
+                let mut command = LabCommand::new(argv).expect("a working folder").captured();
+                command.cwd = "/".into();
+                command.env.retain(|(name, _)| name != "XDG_RUNTIME_DIR");
+                command
+                    .env
+                    .push(("XDG_RUNTIME_DIR".into(), self.dir.clone().into()));
+                Process::Nested(session.spawn(command).expect("the command starts"))
+            }
+        }
+    }
+
+    /// A path for a new file in the host.
+    pub fn path(&self, name: &str) -> String {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        format!("{}/{number}-{name}", self.dir.display())
+    }
+
+    /// Runs a network tool of Debian's in the host; it must succeed.
+    pub fn tool(&self, name: &str, args: &str) -> String {
+        let cache = CacheDir::discover().expect("a cache folder");
+        let tools = HostTools::prepare(&cache, &*progress::on_stderr()).expect("network tools");
+        let mut argv = tools.command(name).expect("the packages have it");
+        argv.extend(args.split_whitespace().map(OsString::from));
+        let done = self.run(argv);
+        assert_eq!(
+            done.code, 0,
+            "{name} {args}: {}{}",
+            done.stdout, done.stderr
+        );
+        done.stdout
+    }
+
+    /// Makes a disk image of `mib` MiB, all zeroes.
+    pub fn disk(&self, mib: u32) -> String {
+        let path = self.path("disk");
+        self.shell(&format!("truncate -s {mib}M {path}"));
+        path
+    }
+
+    /// Starts a guest; [`Guest::up`] waits for it.
+    pub fn start_guest(&self, args: &[&str]) -> Guest<'_> {
+        let name = format!("g{}", self.next.fetch_add(1, Ordering::Relaxed));
+        let serial = self.path("serial");
+        let serial_arg = format!("file:{serial}");
+        let fixed = [
+            "run",
+            "--accel",
+            "kvm",
+            "--name",
+            &name,
+            "--serial",
+            &serial_arg,
+        ];
+        let process = self.spawn(self.command(fixed.iter().chain(args)));
+        Guest {
+            host: self,
+            name,
+            serial,
+            process: Some(process),
+        }
+    }
+
+    /// Starts a guest and waits until its agent answers.
+    pub fn boot(&self, args: &[&str]) -> Guest<'_> {
+        let guest = self.start_guest(args);
+        guest.up();
+        guest
+    }
+}
+
+impl Process {
+    fn wait(self) -> Done {
+        match self {
+            Process::Direct(child) => {
+                let output = child.wait_with_output().expect("the command ends");
+                Done::new(exit_code(output.status), &output.stdout, &output.stderr)
+            }
+            Process::Nested(running) => {
+                let finished = running.wait().expect("the nested host lives");
+                Done::new(finished.exit.code(), &finished.stdout, &finished.stderr)
+            }
+        }
+    }
+}
+
+fn exit_code(status: ExitStatus) -> u8 {
+    use std::os::unix::process::ExitStatusExt;
+    let signal = || status.signal().map(|signal| signal + 128);
+    let code = status.code().or_else(signal).unwrap_or(255);
+    u8::try_from(code).unwrap_or(255)
+}
+
+/// A running guest. Dropping it kills it.
+pub struct Guest<'h> {
+    host: &'h Host,
+    name: String,
+    serial: String,
+    process: Option<Process>,
+}
+
+impl Guest<'_> {
+    /// Waits until the agent answers, as it does after a boot.
+    pub fn up(&self) {
+        let done = self
+            .host
+            .ringside(["exec", &self.name, "--wait", BOOT_SECONDS, "--", "true"]);
+        assert_eq!(
+            done.code,
+            0,
+            "the guest does not boot: {}{}",
+            done.stderr,
+            self.log()
+        );
+    }
+
+    /// Runs a line of shell in the guest.
+    pub fn try_sh(&self, line: &str) -> Done {
+        self.host
+            .ringside(["exec", &self.name, "--", "sh", "-c", line])
+    }
+
+    /// Runs a line of shell in the guest, which must succeed, and returns what it printed.
+    pub fn sh(&self, line: &str) -> String {
+        let done = self.try_sh(line);
+        if done.code != 0 {
+            panic!(
+                "in the guest, {line}: exit code {}\n{}{}{}",
+                done.code,
+                done.stdout,
+                done.stderr,
+                self.log()
+            );
+        }
+        done.stdout
+    }
+
+    /// Asserts that the kernel has complained about nothing so far: no warning, nor worse.
+    pub fn kernel_is_content(&self) {
+        // What it says of the nested host's CPU, which has its mitigations off.
+        let known = ["Speculative Return Stack Overflow"];
+        let complaints = self.sh("dmesg -r | grep '^<[0-4]>' || true");
+        let complaints: Vec<_> = complaints
+            .lines()
+            .filter(|line| !known.iter().any(|known| line.contains(known)))
+            .collect();
+        assert!(complaints.is_empty(), "the kernel says: {complaints:#?}");
+    }
+
+    /// Interrupts by the action's name (`nvme0q1`, `virtio0-input.0`), summed over the CPUs.
+    pub fn interrupts(&self) -> BTreeMap<String, u64> {
+        let text = self.sh("cat /proc/interrupts");
+        let mut counts = BTreeMap::new();
+        for line in text.lines().skip(1) {
+            let mut words = line.split_whitespace().skip(1).peekable();
+            let mut sum = 0;
+            while let Some(count) = words.peek().and_then(|word| word.parse::<u64>().ok()) {
+                sum += count;
+                words.next();
+            }
+            if let Some(name) = words.last() {
+                *counts.entry(name.to_owned()).or_default() += sum;
+            }
+        }
+        counts
+    }
+
+    /// Waits for the end of `ringside run`.
+    pub fn wait(mut self) -> Done {
+        self.process.take().expect("only this takes it").wait()
+    }
+
+    /// Switches the guest off and waits for its end.
+    pub fn power_off(self) -> Done {
+        let done = self.host.ringside(["stop", &self.name]);
+        assert_eq!(done.code, 0, "{}{}", done.stderr, self.log());
+        self.wait()
+    }
+
+    /// What the guest printed on its serial line.
+    pub fn log(&self) -> String {
+        let done = self.host.run(["tail", "-n", "60", &self.serial]);
+        let mut text = String::new();
+        let _ = write!(text, "\nserial line:\n{}", done.stdout);
+        text
+    }
+}
+
+impl Drop for Guest<'_> {
+    fn drop(&mut self) {
+        if let Some(process) = self.process.take() {
+            self.host.ringside(["stop", "--kill", &self.name]);
+            let done = process.wait();
+            if std::thread::panicking() {
+                eprintln!("ringside run said: {}{}", done.stdout, done.stderr);
+            }
+        }
+    }
+}
+
+/// The image of a release, built if it is not there.
+///
+/// # Panics
+///
+/// It cannot be built.
+pub fn image(release: Release) -> Image {
+    let cache = CacheDir::discover().expect("a cache folder");
+    Images::new(&cache)
+        .build(release, Freshness::Cached, &*progress::on_stderr())
+        .expect("the image builds")
+}
+
+/// Builds the program as users build it: unoptimised, it is too slow for a nested host.
+fn build_ringside() -> PathBuf {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("the workspace");
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let output = Command::new(cargo)
+        .current_dir(root)
+        .args([
+            "build",
+            "--release",
+            "--package",
+            "vmm",
+            "--bin",
+            "ringside",
+        ])
+        .args(["--message-format", "json-render-diagnostics"])
+        .stderr(Stdio::inherit())
+        .output()
+        .expect("cargo runs");
+    assert!(output.status.success(), "ringside does not build");
+    String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+        .find_map(|message| Some(PathBuf::from(message["executable"].as_str()?)))
+        .expect("cargo names the program")
+}

@@ -1,0 +1,6 @@
+//! Real Linux guests, on this host's KVM or in one nested host that all these tests share.
+
+mod boot;
+mod harness;
+mod net;
+mod nvme;
