@@ -15,6 +15,10 @@
 //! assert_eq!(functions.len(), 1);
 //! assert_eq!(functions[0].class() >> 8, 0x0600);
 //! ```
+//!
+//! `tests/tests/example_device.rs` is a worked example: a small device, its driver and its tests.
+//! [`nvme`] and [`virtio`] are drivers for the real devices, [`TestDevice`] is for tests of the bus,
+//! and [`fuzz`] has the bodies of the fuzz targets.
 
 mod events;
 mod function;

@@ -40,8 +40,8 @@ pub(super) struct ExecArgs {
     #[arg(short, long)]
     tty: bool,
 
-    /// Seconds to wait for the guest to boot, and to be started at all [default: 10 for a guest
-    /// that runs]
+    /// Seconds to wait for the guest to be started and to boot [default: 10, and
+    /// only if it runs already]
     #[arg(short, long, value_name = "SECONDS")]
     wait: Option<u32>,
 

@@ -141,8 +141,8 @@ pub struct MachineConfig {
 
     /// virtio-net device; may be repeated
     ///
-    /// One of tap=NAME (an existing tap interface) and loopback (the guest receives what it sends);
-    /// pairs=1..16 [default: 1], mac=ADDRESS.
+    /// One of tap=NAME (an existing tap interface; not with --accel nested) and loopback (the guest
+    /// receives what it sends); pairs=1..16 [default: 1], mac=ADDRESS.
     #[arg(long, value_name = "KEY=VALUE,...", help_heading = "Devices")]
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub net: Vec<NetConfig>,
