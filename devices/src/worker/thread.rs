@@ -323,13 +323,14 @@ impl<T: QueueTask, C: Clock> Driver<T, C> {
         fence(Ordering::SeqCst);
         if !self.task.has_work() && self.kick.try_sleep() {
             self.counters.sleeps.add(1);
-            self.wait(until);
-            self.kick.end_sleep();
+            let kicked = self.wait(until);
+            self.kick.end_sleep(kicked);
         }
         self.task.disarm();
     }
 
-    fn wait(&mut self, until: Option<Instant>) {
+    /// Returns whether the kick's descriptor is readable.
+    fn wait(&mut self, until: Option<Instant>) -> bool {
         let timeout = until.map(|until| {
             let left = until.saturating_duration_since(self.machine.clock().now());
             timespec(left)
@@ -365,6 +366,9 @@ impl<T: QueueTask, C: Clock> Driver<T, C> {
                 std::ptr::null(),
             );
         }
+        self.polled_fds
+            .first()
+            .is_some_and(|kick| kick.revents != 0)
     }
 }
 
@@ -509,6 +513,21 @@ mod tests {
             assert!(stats.wakes <= stats.sleeps, "{stats:?}");
             assert_eq!(worker.stop().taken, 10_000);
         }
+    }
+
+    /// One wake-up for nothing is harmless; a worker that never sleeps again is not.
+    #[test]
+    fn a_late_wake_up_does_not_keep_the_worker_awake() {
+        let (task, _, _results) = fake();
+        let worker = spawn(task, WorkerOptions::default());
+        worker.kick_handle().write_late();
+        // Each command is a kick, which would hide it: look from outside.
+        let mut sleeps = worker.stats().sleeps;
+        let quiet = (0..200).any(|_| {
+            std::thread::sleep(Duration::from_millis(10));
+            std::mem::replace(&mut sleeps, worker.stats().sleeps) == sleeps
+        });
+        assert!(quiet, "the worker spins");
     }
 
     /// The guest's way: store, full barrier, look whether the device wants to be notified.
