@@ -138,6 +138,12 @@ impl Mux {
         self.resets.len() < MAX_RESETS
     }
 
+    /// Length of the line.
+    #[cfg(test)]
+    pub(super) fn waiting(&self) -> usize {
+        self.line.len()
+    }
+
     /// Whether there may be a packet for the guest.
     pub(super) fn has_packets(&self) -> bool {
         !self.resets.is_empty() || !self.line.is_empty()
@@ -352,6 +358,10 @@ impl Mux {
             generation: slot.generation,
         };
         slot.generation = slot.generation.wrapping_add(1);
+        if connection.queued {
+            // Or a guest that gives no receive buffers would make the line grow without end.
+            self.line.retain(|other| *other != token);
+        }
         if self.by_key.get(&connection.key) == Some(&token) {
             self.by_key.remove(&connection.key);
         }

@@ -56,6 +56,14 @@ impl Task {
     }
 }
 
+#[cfg(test)]
+impl Task {
+    /// Connections that have something for the guest.
+    pub(super) fn waiting(&self) -> usize {
+        self.engine.mux.waiting()
+    }
+}
+
 impl QueueTask for Task {
     /// Packets of the guest first, as they may need answers; half of the budget is theirs.
     fn poll(&mut self, budget: u32) -> Polled {
@@ -118,12 +126,15 @@ impl QueueTask for Task {
     }
 
     fn disarm(&mut self) {
+        // Always, or a device that may not work would spin on them.
+        for queue in self.engine.queues() {
+            queue.take_notifications();
+        }
         let Some(_section) = self.dma.enter() else {
             return;
         };
         let mem = self.dma.mem();
         for queue in self.engine.queues() {
-            queue.take_notifications();
             if let Err(error) = queue.ring.disable_notify(mem) {
                 queue.report(error);
             }

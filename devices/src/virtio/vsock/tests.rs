@@ -102,14 +102,20 @@ struct Guest {
     path: PathBuf,
     counters: Arc<Counters>,
     _dir: tempfile::TempDir,
-    _transport: Arc<Transport>,
+    transport: Arc<Transport>,
+    notify: [Arc<EventFd>; 2],
 }
 
-fn virtqueue(index: u16, base: u64, transport: &Arc<Transport>) -> Virtqueue {
+fn virtqueue(
+    index: u16,
+    base: u64,
+    notify: &Arc<EventFd>,
+    transport: &Arc<Transport>,
+) -> Virtqueue {
     Virtqueue::new(
         index,
         Ring::new(DriverRing::layout(base), false).unwrap(),
-        Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()),
+        Arc::clone(notify),
         Arc::clone(transport),
     )
 }
@@ -125,10 +131,11 @@ impl Guest {
         let transport = Arc::new(Transport::new("vsock".into(), Vec::new(), 3));
         let counters = Arc::new(Counters::default());
         let mux = Mux::new(CID, path.clone(), Arc::new(listener), counters.clone()).unwrap();
+        let notify = [(); 2].map(|()| Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()));
         let task = Task::new(
             DmaTask::new(space.view(), &transport),
-            Some(virtqueue(0, RX, &transport)),
-            Some(virtqueue(1, TX, &transport)),
+            Some(virtqueue(0, RX, &notify[0], &transport)),
+            Some(virtqueue(1, TX, &notify[1], &transport)),
             mux,
             counters.clone(),
         );
@@ -149,7 +156,8 @@ impl Guest {
             path,
             counters,
             _dir: dir,
-            _transport: transport,
+            transport,
+            notify,
         };
         guest.post();
         guest
@@ -755,6 +763,47 @@ fn refusals_are_bounded_while_the_guest_takes_none() {
     guest.nothing();
 }
 
+/// Connections that come and go while the guest takes no packets leave nothing behind.
+#[test]
+fn the_line_is_bounded_while_the_guest_takes_no_packets() {
+    let mut guest = Guest::new();
+    let listener = guest.listen(5);
+    for port in 0..100 {
+        for op in [op::REQUEST, op::RST] {
+            let header = Peer::new(port, 5).header(op);
+            guest.offer_bytes(&header.to_bytes());
+            guest.task.poll(64);
+            while guest.tx.used(&guest.mem).is_some() {}
+        }
+        listener.accept().unwrap();
+    }
+    assert_eq!(guest.task.waiting(), 0);
+}
+
+/// Notifications, and nothing to be done about them, must not keep the worker awake.
+#[test]
+fn a_device_that_stands_still_sleeps_through_notifications() {
+    let stop: [fn(&Guest); 2] = [
+        |guest| guest.transport.needs_reset(None, &"a fault for the test"),
+        |guest| guest.mem.space().set_bus_master(false),
+    ];
+    for stop in stop {
+        let mut guest = Guest::new();
+        guest.nothing();
+        stop(&guest);
+        for notify in &guest.notify {
+            notify.write(1).unwrap();
+        }
+        assert_eq!(guest.task.poll(64).work, 0);
+        guest.task.arm();
+        assert!(!guest.task.has_work());
+        guest.task.disarm();
+        for notify in &guest.notify {
+            assert!(notify.read().is_err(), "the next sleep would end at once");
+        }
+    }
+}
+
 fn write_header(guest: &Guest, at: u64, header: Header) {
     guest.mem.write(Iova(at), &header.to_bytes()).unwrap();
 }
@@ -921,9 +970,10 @@ fn the_worker_serves_and_a_reset_ends_connections() {
         for at in 0..4 {
             rx.offer(&mem, &[(RX_BUFFERS + at * 4096, 4096)], true);
         }
+        let event = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
         let queues = vec![
-            Some(virtqueue(0, RX, &transport)),
-            Some(virtqueue(1, TX, &transport)),
+            Some(virtqueue(0, RX, &event, &transport)),
+            Some(virtqueue(1, TX, &event, &transport)),
             None,
         ];
         let activation = Activation {
