@@ -264,15 +264,9 @@ impl Control {
         Some(())
     }
 
-    /// `ethtool -C`: in force until the next reset, like all that the driver sets. Zeroes turn
-    /// moderation off.
+    /// `ethtool -C`: in force until the next reset, like all that the driver sets.
     fn set_coalesce(&self, source: usize, data: &[u8]) -> Option<()> {
-        let (packets, rest) = data.split_first_chunk::<4>()?;
-        let usecs = u32::from_le_bytes(*rest.first_chunk()?);
-        let coalesce = Coalesce {
-            max_events: u32::from_le_bytes(*packets),
-            max_delay: Duration::from_micros(usecs.into()),
-        };
+        let coalesce = read_coalesce(data)?;
         for worker in self.pairs.iter().flatten() {
             worker.set_coalesce(source, coalesce);
         }
@@ -290,6 +284,21 @@ impl Control {
     pub(super) fn filter(&self) -> &Filter {
         &self.filter
     }
+}
+
+/// Reads `virtio_net_ctrl_coal`. A zero is no bound: `ethtool -C` without a number of frames sends
+/// one and means that time alone counts (Linux, include/uapi/linux/ethtool.h, `ethtool_coalesce`).
+/// Without a time there is no moderation, or a last packet would wait for ever.
+fn read_coalesce(data: &[u8]) -> Option<Coalesce> {
+    let (packets, rest) = data.split_first_chunk::<4>()?;
+    let usecs = u32::from_le_bytes(*rest.first_chunk()?);
+    Some(Coalesce {
+        max_events: match u32::from_le_bytes(*packets) {
+            0 => u32::MAX,
+            packets => packets,
+        },
+        max_delay: Duration::from_micros(usecs.into()),
+    })
 }
 
 /// Reads one `virtio_net_ctrl_mac` table; returns it with the bytes behind it.
@@ -384,6 +393,21 @@ mod tests {
         assert_eq!(read_table(&data[..15]), None);
         assert_eq!(read_table(&[1, 0, 0]), None);
         assert_eq!(read_table(&u32::MAX.to_le_bytes()), None);
+    }
+
+    #[test]
+    fn time_alone_moderates_and_without_it_nothing_does() {
+        let read = |packets: u32, usecs: u32| {
+            let mut data = packets.to_le_bytes().to_vec();
+            data.extend(usecs.to_le_bytes());
+            read_coalesce(&data).unwrap()
+        };
+        let only_time = read(0, 50);
+        assert!(!only_time.is_off());
+        assert_eq!(only_time.max_delay, Duration::from_micros(50));
+        assert_eq!(read(8, 50).max_events, 8);
+        assert!(read(0, 0).is_off() && read(8, 0).is_off() && read(1, 50).is_off());
+        assert_eq!(read_coalesce(&[0; 7]), None);
     }
 
     #[test]
