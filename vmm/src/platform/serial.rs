@@ -1,7 +1,8 @@
 //! COM1: vm-superio's 16550 with its interrupt on an IOAPIC pin and back-pressure on its input.
 
 use std::io::{self, Write};
-use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError, TryLockError};
 
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial as Uart, Trigger};
@@ -66,7 +67,10 @@ impl SerialEvents for Room {
 /// The guest gets no input before its driver listens, that is, before it enables the received-data
 /// interrupt: drivers empty the FIFO when they start, and what was typed ahead would be lost.
 pub struct Serial {
+    /// A vCPU holds it while it waits for a host that takes no output.
     state: Mutex<State>,
+    /// Input found the port busy and is to be told when it no longer is.
+    shut_out: AtomicBool,
     room: EventFd,
 }
 
@@ -118,6 +122,7 @@ impl Serial {
                 modem_control: 0,
                 refused: false,
             }),
+            shut_out: AtomicBool::new(false),
             room,
         })
     }
@@ -126,9 +131,29 @@ impl Serial {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn try_state(&self) -> Option<MutexGuard<'_, State>> {
+        match self.state.try_lock() {
+            Ok(state) => Some(state),
+            Err(TryLockError::Poisoned(error)) => Some(error.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    /// A vCPU is done with the port.
+    fn let_in(&self) {
+        // Pairs with the fence in `input`: it gets the lock, or we see its mark.
+        fence(Ordering::SeqCst);
+        if self.shut_out.load(Ordering::Relaxed) && self.shut_out.swap(false, Ordering::Relaxed) {
+            // A full counter says the same.
+            let _ = self.room.write(1);
+        }
+    }
+
     /// A load from register `offset`, 0 to 7.
     pub fn read(&self, offset: u8) -> u8 {
-        self.state().uart.read(offset)
+        let value = self.state().uart.read(offset);
+        self.let_in();
+        value
     }
 
     /// A store to register `offset`, 0 to 7. Output that the host does not take is lost.
@@ -143,20 +168,32 @@ impl Serial {
             // A full counter says the same.
             let _ = self.room.write(1);
         }
+        drop(state);
+        self.let_in();
     }
 
-    /// Gives the guest input and says how many bytes of it its FIFO had room for.
+    /// Gives the guest input and says how many bytes of it its FIFO had room for. Never waits: there
+    /// is no room while a vCPU waits for the host to take output.
     pub fn input(&self, data: &[u8]) -> usize {
-        let mut state = self.state();
+        if data.is_empty() {
+            return 0;
+        }
+        let state = self.try_state().or_else(|| {
+            self.shut_out.store(true, Ordering::Relaxed);
+            fence(Ordering::SeqCst);
+            self.try_state()
+        });
+        let Some(mut state) = state else { return 0 };
         if !state.listens() {
-            state.refused |= !data.is_empty();
+            state.refused = true;
             return 0;
         }
         // The only error is a full FIFO: the interrupt never fails.
         state.uart.enqueue_raw_bytes(data).unwrap_or(0)
     }
 
-    /// Signalled when the guest has read all its input, or listens after it had refused some. Non-blocking.
+    /// Signalled when [`Serial::input`] may take more after it took less than it was given: the guest
+    /// has read all, listens, or is done with its output. Non-blocking.
     pub fn room(&self) -> &EventFd {
         &self.room
     }
@@ -164,9 +201,54 @@ impl Serial {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
     use iommu::{MsiLine, MsiMessage};
 
     use super::*;
+
+    /// A host that takes a byte when it is told to.
+    struct Stuck {
+        begun: mpsc::Sender<()>,
+        go: mpsc::Receiver<()>,
+    }
+
+    impl Write for Stuck {
+        fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+            self.begun.send(()).unwrap();
+            self.go.recv().unwrap();
+            Ok(data.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// The main loop gives input, and it must stay able to end the machine.
+    #[test]
+    fn input_does_not_wait_for_output() {
+        let (begun, started) = mpsc::channel();
+        let (release, go) = mpsc::channel();
+        let ioapic = Arc::new(IoApic::new(Vec::new()));
+        let out = Box::new(Stuck { begun, go });
+        let serial = Arc::new(Serial::new(ioapic, out, Arc::default()).unwrap());
+        serial.write(1, 1); // Interrupt on received data.
+        let port = Arc::clone(&serial);
+        let vcpu = std::thread::spawn(move || port.write(0, b'a'));
+        started.recv().unwrap();
+        let (answer, taken) = mpsc::channel();
+        let port = Arc::clone(&serial);
+        let main_loop = std::thread::spawn(move || answer.send(port.input(b"x")));
+        let taken = taken.recv_timeout(Duration::from_secs(20));
+        release.send(()).unwrap();
+        vcpu.join().unwrap();
+        main_loop.join().unwrap().unwrap();
+        assert_eq!(taken, Ok(0), "waited for the vCPU");
+        assert_eq!(serial.room().read().unwrap(), 1, "not told to try again");
+        assert_eq!(serial.input(b"x"), 1);
+    }
 
     #[derive(Default)]
     struct Counter(Mutex<u32>);
