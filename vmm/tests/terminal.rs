@@ -35,6 +35,9 @@ const ECHO: &[u8] = &[
     0xf4,                       // hlt
 ];
 
+/// Halts for good and never looks at COM1.
+const DEAF: &[u8] = &[0xf4, 0xeb, 0xfd];
+
 struct World {
     folder: TempDir,
 }
@@ -42,6 +45,10 @@ struct World {
 impl World {
     /// `None`, with a word to the reader, where there is no KVM to test with.
     fn new() -> Option<World> {
+        World::with(ECHO)
+    }
+
+    fn with(guest: &[u8]) -> Option<World> {
         if let Err(error) = vmm::kvm::Host::open() {
             eprintln!("skipped: {error}");
             return None;
@@ -60,7 +67,7 @@ impl World {
         put(0x238, &2047u32.to_le_bytes());
         put(0x258, &0x10_0000u64.to_le_bytes());
         put(0x260, &0x1000u32.to_le_bytes());
-        image.extend_from_slice(ECHO);
+        image.extend_from_slice(guest);
         fs::write(folder.path().join("kernel"), image).unwrap();
         Some(World { folder })
     }
@@ -180,6 +187,10 @@ fn read_until(from: &mut File, text: &[u8]) -> Vec<u8> {
 /// terminal as it was.
 fn on_a_terminal(code: i32, act: impl FnOnce(&mut File, &Guest)) {
     let Some(world) = World::new() else { return };
+    in_world(&world, code, act);
+}
+
+fn in_world(world: &World, code: i32, act: impl FnOnce(&mut File, &Guest)) {
     let (mut user, program) = terminal();
     let before = tcgetattr(&program).unwrap();
     let mut guest = world.start(program.try_clone().unwrap(), program.try_clone().unwrap());
@@ -202,6 +213,18 @@ fn typing_reaches_the_guest_and_its_end_restores_the_terminal() {
 #[test]
 fn the_escape_key_ends_the_guest() {
     on_a_terminal(13, |user, _| user.write_all(b"abc\x01x").unwrap());
+}
+
+#[test]
+fn the_escape_key_works_while_the_guest_takes_nothing() {
+    let Some(world) = World::with(DEAF) else {
+        return;
+    };
+    // More than is read at once.
+    let typed = "x".repeat(300) + "\x01x";
+    in_world(&world, 13, |user, _| {
+        user.write_all(typed.as_bytes()).unwrap();
+    });
 }
 
 #[test]

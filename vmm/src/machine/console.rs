@@ -14,7 +14,11 @@ use crate::terminal::{Command, EscapeFilter, HELP, Input};
 /// Most that is read at once; more waits in the terminal or pipe.
 const CHUNK: usize = 256;
 
-/// Reads standard input when the guest has room.
+/// What is typed is kept up to here while the guest has no room; the rest is lost, as on any terminal.
+const TYPED_AHEAD: usize = 4096;
+
+/// Reads standard input when the guest has room, and a terminal always: its escape key must work
+/// whatever the guest does.
 pub(super) struct Console {
     input: Option<Input>,
     /// Escapes count on a terminal alone.
@@ -50,7 +54,7 @@ impl Console {
         loop {
             let taken = self.serial.input(&self.pending);
             self.pending.drain(..taken);
-            if !self.pending.is_empty() {
+            if !self.pending.is_empty() && self.escapes.is_none() {
                 // `Serial::room` tells when to go on.
                 self.wait(ops, false);
                 return;
@@ -88,7 +92,8 @@ impl Console {
             return true;
         };
         let (rest, command) = escapes.filter(typed);
-        self.pending.extend(rest);
+        let room = TYPED_AHEAD.saturating_sub(self.pending.len());
+        self.pending.extend(rest.into_iter().take(room));
         match command {
             Some(Command::Quit) => self.run.end(ExitReason::Killed),
             Some(Command::Help) => {
