@@ -221,7 +221,9 @@ impl Machine {
             if reason != ExitReason::Reboot || spec.on_reboot == OnReboot::Exit {
                 return Ok(reason);
             }
-            run.restart();
+            if let Some(reason) = run.restart() {
+                return Ok(reason);
+            }
             let writer = output.writer(run).map_err(MachineError::Host)?;
             board = Board::build(&spec, &host, &backends, writer, &trace)?;
         }
