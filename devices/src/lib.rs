@@ -16,6 +16,7 @@
 //! Everything in guest memory is hostile: it is read once, checked, and never trusted to stay.
 
 pub mod block;
+mod counter;
 pub mod net;
 pub mod nvme;
 mod vectored;

@@ -1,23 +1,8 @@
 //! What a controller has done: counters that workers write and anybody may read.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use serde::Serialize;
 
-/// A counter with one writer: reading it back and storing is enough, no locked instruction.
-#[derive(Default)]
-pub(super) struct Counter(AtomicU64);
-
-impl Counter {
-    pub(super) fn add(&self, n: u64) {
-        let value = self.0.load(Ordering::Relaxed).wrapping_add(n);
-        self.0.store(value, Ordering::Relaxed);
-    }
-
-    pub(super) fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
-}
+use crate::counter::Counter;
 
 /// Counters of one queue id, over the controller's life. All but the interrupts belong to the
 /// submission queue; its worker is the only writer while the queue exists.

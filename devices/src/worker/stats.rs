@@ -1,6 +1,6 @@
 //! What a worker has done, readable from other threads.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use crate::counter::Counter;
 
 /// Totals since the worker was spawned.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -19,21 +19,6 @@ pub struct WorkerStats {
     pub kicks: u64,
     /// Kicks that found the worker asleep and cost a system call.
     pub wakes: u64,
-}
-
-/// A counter with one writer: reading it back and storing is enough, no locked instruction.
-#[derive(Default)]
-pub(super) struct Counter(AtomicU64);
-
-impl Counter {
-    pub(super) fn add(&self, n: u64) {
-        let value = self.0.load(Ordering::Relaxed).wrapping_add(n);
-        self.0.store(value, Ordering::Relaxed);
-    }
-
-    pub(super) fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
 }
 
 /// Written by the worker's thread only.

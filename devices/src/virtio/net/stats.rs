@@ -1,9 +1,8 @@
 //! What each queue has done.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use serde::Serialize;
 
+use crate::counter::Counter;
 use crate::worker::WorkerStats;
 
 /// Totals of one queue since the device was made; resets do not clear them.
@@ -60,21 +59,6 @@ pub struct NetStats {
     pub commands: u64,
     /// Times that the driver broke the device.
     pub faults: u64,
-}
-
-/// A counter with one writer at a time, so that no locked instruction is needed.
-#[derive(Default)]
-pub(super) struct Counter(AtomicU64);
-
-impl Counter {
-    pub(super) fn add(&self, n: u64) {
-        let value = self.0.load(Ordering::Relaxed).wrapping_add(n);
-        self.0.store(value, Ordering::Relaxed);
-    }
-
-    pub(super) fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
 }
 
 /// Written by the worker of the queue only.
