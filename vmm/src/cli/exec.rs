@@ -135,20 +135,26 @@ pub(super) fn main(args: ExecArgs) -> Done {
     handle.close();
     let _ = forwarder.join();
     drop(raw);
-    Ok(exit_code(result))
+    // At least one word: clap demands it.
+    let command = args.command.first().map(|word| word.to_string_lossy());
+    Ok(exit_code(&command.unwrap_or_default(), result))
 }
 
-fn exit_code(result: Result<Exit, AgentError>) -> u8 {
+fn exit_code(command: &str, result: Result<Exit, AgentError>) -> u8 {
     match result {
         Ok(Exit::Code(code)) => code,
         Ok(Exit::Signal(signal)) => signal.saturating_add(128),
+        Err(error @ AgentError::Refused { errno, .. }) => {
+            super::complain(&format!("{command} cannot be run: {error}"));
+            if errno == libc::ENOENT {
+                NOT_FOUND
+            } else {
+                NOT_RUN
+            }
+        }
         Err(error) => {
             super::complain(&error.to_string());
-            match error {
-                AgentError::Refused { errno, .. } if errno == libc::ENOENT => NOT_FOUND,
-                AgentError::Refused { .. } => NOT_RUN,
-                _ => NOT_REACHED,
-            }
+            NOT_REACHED
         }
     }
 }
