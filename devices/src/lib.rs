@@ -1,7 +1,7 @@
-//! Device models (NVMe, virtio, platform devices), their block and network back ends, and the queue
+//! Device models (NVMe, virtio-net, virtio-vsock), their block and network back ends, and the queue
 //! workers that run them.
 //!
-//! A device has two halves. Its registers are a `pci::PciFunction`, called on vCPU threads; they
+//! A device has two halves. Its registers are a [`pci::PciDevice`], called on vCPU threads; they
 //! store what was written and kick. Its queues are [`worker::QueueTask`]s, each owned by one
 //! [`worker::Worker`]'s thread with everything that it needs: rings, its own `iommu::DmaMemory`, a
 //! [`block::BlockQueue`] or [`net::NetQueue`]. So two queues share no lock on the data path.

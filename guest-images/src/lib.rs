@@ -4,6 +4,7 @@
 //!   hash-checked by apt itself, without root, without touching the machine's own apt state.
 //! * [`progress`] reports long work: a bar on a terminal, plain lines elsewhere.
 //! * [`agent`] talks to the agent in a running guest: run programs, copy files, shut down.
+//! * [`HostTools`] are programs of those packages that run on the host beside a guest.
 //! * [`image`] builds images: a kernel as shipped and an initramfs with tools and the agent.
 //! * [`lab`] is the nested host, in which guests run where the machine's own KVM cannot.
 //! * [`cache`] is the folder where all of this is kept, with its locks and atomic builds.
