@@ -190,7 +190,7 @@ impl VirtioPci {
             return Ok(None);
         }
         let event_idx = registers.driver_features & feature::RING_EVENT_IDX != 0;
-        let ring = Ring::new(queue.layout, event_idx)?;
+        let mut ring = Ring::new(queue.layout, event_idx)?;
         match ring.check(&self.dma.view()) {
             // With bus mastering off, the first access will tell.
             Ok(()) | Err(RingError::Halted) => {}

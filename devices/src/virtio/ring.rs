@@ -135,6 +135,8 @@ pub struct Ring {
     /// Value of the used index when interrupts were last considered.
     considered: Wrapping<u16>,
     notify_on: bool,
+    /// All parts lie in memory.
+    inside: bool,
 }
 
 impl Ring {
@@ -149,6 +151,13 @@ impl Ring {
         for (start, len) in parts(&layout) {
             start.checked_add(len).ok_or(Fault::RingAddress)?;
         }
+        // Before virtio-queue does, which would log every time.
+        let aligned = layout.desc.is_multiple_of(16)
+            && layout.driver.is_multiple_of(2)
+            && layout.device.is_multiple_of(4);
+        if !aligned {
+            return Err(Fault::Alignment.into());
+        }
         queue
             .try_set_desc_table_address(GuestAddress(layout.desc))
             .and_then(|()| queue.try_set_avail_ring_address(GuestAddress(layout.driver)))
@@ -162,15 +171,18 @@ impl Ring {
             event_idx,
             considered: Wrapping(0),
             notify_on: true,
+            inside: false,
         })
     }
 
-    /// Checks that the three parts lie in memory.
+    /// Checks that the three parts lie in memory. [`Ring::pop`] does it if it was not possible
+    /// before: virtio-queue takes an available ring that cannot be read for an empty one, and the
+    /// queue would be looked at again without end.
     ///
     /// # Errors
     ///
     /// They do not, or bus mastering is off.
-    pub fn check(&self, mem: &DmaMemory) -> Result<(), RingError> {
+    pub fn check(&mut self, mem: &DmaMemory) -> Result<(), RingError> {
         let _section = mem.section();
         let access = [Permissions::Read, Permissions::Read, Permissions::Write];
         let layout = RingLayout {
@@ -186,6 +198,7 @@ impl Ring {
                 return Err(classify(mem, Fault::RingAddress));
             }
         }
+        self.inside = true;
         Ok(())
     }
 
@@ -204,6 +217,9 @@ impl Ring {
         &mut self,
         mem: &'m DmaMemory,
     ) -> Result<Option<DescriptorChain<&'m DmaMemory>>, RingError> {
+        if !self.inside {
+            self.check(mem)?;
+        }
         let mut avail = self.queue.iter(mem).map_err(|error| match error {
             virtio_queue::Error::InvalidAvailRingIndex => RingError::Broken(Fault::AvailIndex),
             _ => classify(mem, Fault::RingAddress),
@@ -470,6 +486,30 @@ mod tests {
         assert_eq!(ring.publish(&mem), Ok(0));
     }
 
+    /// A ring that was set up while bus mastering was off, so that nobody could look: its index is
+    /// the last thing in memory.
+    #[test]
+    fn an_available_ring_that_leaves_memory_is_no_empty_one() {
+        let mem = memory();
+        let layout = RingLayout {
+            size: 4,
+            desc: DESC,
+            driver: 0x7ffc,
+            device: USED,
+        };
+        let mut ring = Ring::new(layout, false).unwrap();
+        mem.space().set_bus_master(false);
+        assert_eq!(ring.check(&mem), Err(RingError::Halted));
+        mem.space().set_bus_master(true);
+        mem.write_obj(Iova(0x7ffe), 1u16).unwrap();
+        let _section = mem.section();
+        assert_eq!(ring.available(&mem), Ok(true));
+        assert_eq!(
+            ring.pop_into(&mem, &mut Chain::new()),
+            Err(RingError::Broken(Fault::RingAddress))
+        );
+    }
+
     #[test]
     fn used_entries_outlive_a_halt() {
         let mem = memory();
@@ -570,7 +610,7 @@ mod tests {
             device: USED,
         };
         let fault = |layout| match Ring::new(layout, false) {
-            Ok(ring) => ring.check(&memory()).err(),
+            Ok(mut ring) => ring.check(&memory()).err(),
             Err(error) => Some(error),
         };
         assert_eq!(fault(good), None);
