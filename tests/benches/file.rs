@@ -14,6 +14,8 @@
 //!
 //! `cargo bench --bench file -- [--rounds N] [--millis N] [--folder PATH]`
 
+mod cores;
+
 use std::alloc::Layout;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -261,6 +263,7 @@ impl Device {
 
     /// Reads with `depth` commands outstanding; returns IOPS.
     fn run(&mut self, depth: u16, time: Duration) -> f64 {
+        cores::apart();
         self.nvme.set_policy(self.policy);
         let start = Instant::now();
         let mut done = 0;

@@ -2,6 +2,8 @@
 //! copy into the loopback, receive into a posted buffer, both used rings, with no guest and no
 //! notification in between. The fake driver's own stores (about six per packet) are included.
 
+mod cores;
+
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
@@ -23,6 +25,7 @@ fn loopback(criterion: &mut Criterion) {
             };
             let mut driver = NetDriver::start(backend, 1, setup);
             driver.device.set_policy(PollPolicy::Busy);
+            cores::apart();
             let (receive, transmit) = (&mut driver.receive[0], &mut driver.transmit[0]);
             let packet = plain(&frame(NetDriver::MAC, len, 1));
             let total = u32::try_from(packet.len()).expect("a short packet");

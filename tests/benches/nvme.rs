@@ -5,6 +5,8 @@
 //! cores no sleep and no wake-up is measured. Where the two must share a core, they give way to each
 //! other, and the figures are those of the scheduler.
 
+mod cores;
+
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
@@ -41,6 +43,7 @@ fn commands(c: &mut Criterion) {
     nvme.set_policy(PollPolicy::Adaptive {
         spin: Duration::from_micros(50),
     });
+    cores::apart();
     let mut group = c.benchmark_group("nvme/null");
     for bytes in [4096u32, 131_072] {
         let data = Transfer::new(&machine, bytes.into());
