@@ -258,7 +258,12 @@ impl Host {
             "--serial",
             &serial_arg,
         ];
-        let process = self.spawn(self.command(fixed.iter().chain(args)));
+        // Its messages go to a file, to be there when a test fails while it runs.
+        let said = format!("{serial}.said");
+        let line = format!("exec \"$@\" 2>{said}");
+        let mut argv: Vec<OsString> = vec!["sh".into(), "-c".into(), line.into(), "sh".into()];
+        argv.extend(self.command(fixed.iter().chain(args)));
+        let process = self.spawn(argv);
         Guest {
             host: self,
             name,
@@ -408,7 +413,12 @@ impl Guest<'_> {
     pub fn log(&self) -> String {
         let done = self.host.run(["tail", "-n", "60", &self.serial]);
         let stats = self.host.ringside(["stats", &self.name]);
-        format!("\nserial line:\n{}\nstats:\n{}", done.stdout, stats.stdout)
+        let said = format!("{}.said", self.serial);
+        let said = self.host.run(["tail", "-n", "60", &said]);
+        format!(
+            "\nserial line:\n{}\nringside run:\n{}\nstats:\n{}",
+            done.stdout, said.stdout, stats.stdout
+        )
     }
 }
 

@@ -55,7 +55,9 @@ fn fio_verifies_on_every_engine_and_disk() {
                 }
             }
         }
-        let size = guest.sh("cat /sys/block/nvme0n2/queue/logical_block_size");
+        // Linux 6.12 scans namespaces in parallel: the disk's number need not be the namespace's.
+        let size = guest.sh("for disk in /sys/block/nvme0n*; do \
+             test $(cat $disk/nsid) = 2 && cat $disk/queue/logical_block_size; done; true");
         assert_eq!(size.trim(), "4096");
         guest.kernel_is_content();
         assert_eq!(guest.power_off().code, 0);
