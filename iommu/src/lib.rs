@@ -22,12 +22,15 @@ mod addr;
 mod memory;
 mod msi;
 mod pin;
+mod remap;
 mod space;
+pub mod vtd;
 
 pub use addr::{Bdf, Gpa, Iova, SourceId};
 pub use memory::{DmaMemory, DmaSection};
 pub use msi::{MsiLine, MsiMessage, MsiSink};
 pub use pin::PinnedBuffers;
+pub use remap::{Context, FaultReason, Invalidation, Mapping, Remapper, Stage};
 pub use space::{BusMaster, DmaSpace};
 
 /// The guest's RAM: host memory mapped at guest-physical addresses.
@@ -51,4 +54,7 @@ pub enum DmaError {
     /// No RAM answers at this address (an Unsupported Request on real hardware).
     #[error("no memory at {0}, {1} bytes")]
     NotMapped(Iova, u64),
+    /// The IOMMU blocked the access; unless the function's faults are disabled, it has recorded why.
+    #[error("{0} is blocked by the IOMMU (fault reason {reason:#x})", reason = .1.0)]
+    Fault(Iova, FaultReason),
 }
