@@ -18,6 +18,7 @@ unsafe extern "C" {
     #[link_name = "poll"]
     fn c_poll(fds: *mut PollFd, count: c_ulong, timeout: c_int) -> c_int;
     fn setsid() -> c_int;
+    fn signal(number: c_int, handler: usize) -> usize;
     #[link_name = "kill"]
     fn c_kill(pid: c_int, signal: c_int) -> c_int;
     fn syscall(number: c_long, ...) -> c_long;
@@ -233,9 +234,18 @@ pub fn open_terminal() -> io::Result<(File, OwnedFd)> {
     Ok((ours, theirs))
 }
 
-/// Begins a session of its own; with `terminal`, standard input becomes its controlling terminal.
+/// The signals above are real-time signals, which no shell ignores (signal(7)).
+const LAST_STANDARD_SIGNAL: c_int = 31;
+const SIG_DFL: usize = 0;
+
+/// Begins a session of its own, in which no signal is ignored; with `terminal`, standard input becomes its controlling terminal.
 /// For use between fork and exec: it only makes system calls.
 pub fn begin_session(terminal: bool) -> io::Result<()> {
+    for number in 1..=LAST_STANDARD_SIGNAL {
+        // SAFETY: SIG_DFL is no handler, so nothing of ours will run. The call fails for SIGKILL and
+        // SIGSTOP, which cannot be ignored.
+        unsafe { signal(number, SIG_DFL) };
+    }
     // SAFETY: setsid takes no arguments.
     check(unsafe { setsid() })?;
     if terminal {

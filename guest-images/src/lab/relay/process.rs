@@ -175,10 +175,20 @@ impl Ends {
     }
 }
 
-/// Gives the child its session, its terminal and its mask.
+/// The signals above are real-time signals, which no shell ignores (signal(7)).
+const LAST_STANDARD_SIGNAL: libc::c_int = 31;
+
+/// Gives the child its session, its terminal and its mask, and undoes what this process may have been
+/// started with: signals that are ignored here (as under nohup, or in a shell's background) would be
+/// ignored there too, and Ctrl-C would not reach the command.
 #[expect(unsafe_code, reason = "Command::pre_exec")]
 fn prepare_child(command: &mut Command, umask: u32, terminal: Option<OwnedFd>) {
     let prepare = move || {
+        for signal in 1..=LAST_STANDARD_SIGNAL {
+            // SAFETY: SIG_DFL is no handler, so nothing of ours will run. The call fails for SIGKILL
+            // and SIGSTOP, which cannot be ignored.
+            unsafe { libc::signal(signal, libc::SIG_DFL) };
+        }
         rustix::process::setsid()?;
         rustix::process::umask(Mode::from_raw_mode(umask & 0o777));
         if let Some(terminal) = &terminal {
@@ -186,7 +196,7 @@ fn prepare_child(command: &mut Command, umask: u32, terminal: Option<OwnedFd>) {
         }
         Ok(())
     };
-    // SAFETY: between fork and exec the closure makes three system calls and touches only the
+    // SAFETY: between fork and exec the closure makes system calls and touches only the
     // integer and the descriptor that it owns: it allocates nothing and takes no lock.
     unsafe {
         command.pre_exec(prepare);
