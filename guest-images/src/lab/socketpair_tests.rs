@@ -184,6 +184,18 @@ fn signals_reach_the_command() {
     assert_eq!(running.wait().unwrap().exit, Exit::Code(42));
 }
 
+/// A shell cannot trap what was ignored when it started (POSIX, trap).
+#[test]
+#[expect(unsafe_code, reason = "signal(2)")]
+fn a_command_starts_with_no_signal_ignored() {
+    // SAFETY: SIG_IGN is no handler, and nothing else in this process uses the signal.
+    unsafe { libc::signal(libc::SIGUSR2, libc::SIG_IGN) };
+    let lab = Lab::start();
+    let command = shell("trap 'exit 42' USR2; kill -USR2 $$; exit 1");
+    let exit = lab.session().spawn(command).unwrap().wait().unwrap().exit;
+    assert_eq!(exit, Exit::Code(42));
+}
+
 #[test]
 fn a_terminal_is_a_terminal_inside_and_control_c_interrupts() {
     let lab = Lab::start();
