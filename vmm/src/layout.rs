@@ -5,6 +5,7 @@
 //! 0xc000_0000        32-bit PCI window
 //! 0xe000_0000        ECAM, 1 MiB a bus
 //! 0xfec0_0000        IOAPIC
+//! 0xfed9_0000        VT-d remapping unit
 //! 0xfee0_0000        local APICs; device writes here are MSIs
 //! 0xfffb_d000        three pages that KVM needs on old Intel CPUs
 //! 4 GiB              the rest of RAM
@@ -13,6 +14,8 @@
 #![forbid(unsafe_code)]
 
 use std::ops::{Range, RangeInclusive};
+
+use iommu::Bdf;
 
 /// GDT of the boot state.
 pub const BOOT_GDT: u64 = 0x500;
@@ -51,6 +54,14 @@ pub const PCI_WINDOW_32: Range<u64> = 0xc000_0000..0xe000_0000;
 pub const ECAM: Range<u64> = 0xe000_0000..0xf000_0000;
 /// IOAPIC registers.
 pub const IOAPIC: Range<u64> = 0xfec0_0000..0xfec0_1000;
+/// Registers of the VT-d remapping unit, where Intel's chipsets have them.
+pub const VTD: Range<u64> = 0xfed9_0000..0xfed9_1000;
+/// Under which requester id the IOAPIC's interrupts arrive at the remapping unit: that of a function
+/// which cannot exist, since all functions are on bus 0.
+pub const IOAPIC_SOURCE: Bdf = match Bdf::new(0xff, 0x1f, 0) {
+    Some(bdf) => bdf,
+    None => unreachable!(),
+};
 /// Local APIC registers, at their address after reset.
 pub const LOCAL_APIC: u64 = 0xfee0_0000;
 /// Identity map page and TSS for KVM on Intel CPUs without unrestricted guest mode.
@@ -106,6 +117,7 @@ mod tests {
             PCI_WINDOW_32,
             ECAM,
             IOAPIC,
+            VTD,
             LOCAL_APIC..LOCAL_APIC + 0x1000,
             KVM_IDENTITY_MAP..KVM_IDENTITY_MAP + 0x4000,
             HIGH_RAM..pci_window_64(36).start,

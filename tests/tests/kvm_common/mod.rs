@@ -85,6 +85,7 @@ impl Bare {
             memory: 64 << 20,
             nvme: Vec::new(),
             net: Vec::new(),
+            iommu: None,
             vsock: None,
             serial: SerialMode::File(folder.path().join("serial")),
             on_reboot: OnReboot::Exit,

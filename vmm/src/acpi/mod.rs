@@ -3,6 +3,7 @@
 //! Power-off goes through the sleep control register, reset through the reset register, and the
 //! power button arrives as an interrupt of a Generic Event Device.
 
+mod dmar;
 mod dsdt;
 
 use std::ops::Range;
@@ -22,9 +23,13 @@ use zerocopy::{Immutable, IntoBytes};
 
 use crate::layout;
 
+pub use dmar::DmarConfig;
+
 const OEM: [u8; 6] = *b"RNGSDE";
 const TABLE: [u8; 8] = *b"RINGSIDE";
 const REVISION: u32 = 1;
+/// The IOAPIC's id in the MADT, by which the DMAR table names it too.
+const IOAPIC_ID: u8 = 0;
 
 /// FADT `IAPC_BOOT_ARCH` (5.2.9.3): no VGA.
 const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
@@ -42,6 +47,8 @@ pub struct AcpiConfig {
     pub vcpus: u8,
     /// Memory window for 64-bit BARs.
     pub pci_window_64: Range<u64>,
+    /// The remapping unit, if there is one.
+    pub iommu: Option<DmarConfig>,
 }
 
 /// The tables do not fit in their area.
@@ -64,6 +71,9 @@ pub fn write(ram: &GuestRam, config: &AcpiConfig) -> Result<u64, AcpiError> {
     xsdt.add_entry(area.put(&bytes(&fadt(dsdt)))?);
     xsdt.add_entry(area.put(&bytes(&madt(config.vcpus)))?);
     xsdt.add_entry(area.put(&bytes(&mcfg()))?);
+    if let Some(iommu) = &config.iommu {
+        xsdt.add_entry(area.put(&dmar::table(iommu))?);
+    }
     let xsdt = area.put(&bytes(&xsdt))?;
     let root = bytes(&Rsdp::new(OEM, xsdt));
     ram.write_slice(&root, GuestAddress(layout::ACPI_TABLES.start))
@@ -156,7 +166,7 @@ fn madt(vcpus: u8) -> MADT {
     for id in 0..vcpus {
         table.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
     }
-    table.add_structure(IoApic::new(0, ioapic, 0));
+    table.add_structure(IoApic::new(IOAPIC_ID, ioapic, 0));
     table.add_structure(LocalApicNmi {
         kind: 4,
         length: 6,
@@ -200,6 +210,10 @@ mod tests {
         let config = AcpiConfig {
             vcpus: 32,
             pci_window_64: layout::pci_window_64(46),
+            iommu: Some(DmarConfig {
+                host_address_width: 46,
+                interrupt_remapping: true,
+            }),
         };
         let root = write(&ram, &config).unwrap();
         let rsdp = read(&ram, root, 36);
@@ -221,10 +235,11 @@ mod tests {
                     assert_eq!(long(&table, 244 + 4), u64::from(layout::SLEEP_CONTROL));
                 }
                 b"APIC" => assert_eq!(table.len(), 44 + 32 * 8 + 12 + 6),
+                b"DMAR" => assert_eq!(table.len(), 72),
                 b"MCFG" => assert_eq!(long(&table, 44), layout::ECAM.start),
                 other => panic!("{other:?}"),
             }
         }
-        assert_eq!(seen, ["FACP", "APIC", "MCFG"]);
+        assert_eq!(seen, ["FACP", "APIC", "MCFG", "DMAR"]);
     }
 }

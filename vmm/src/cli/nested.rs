@@ -46,6 +46,10 @@ pub(super) fn run(
     if let Some(Serial(SerialMode::File(path))) = &inside.serial {
         spec.writable_dirs.extend(path.parent().map(Path::to_owned));
     }
+    if let Some(trace) = inside.iommu.as_ref().and_then(|iommu| iommu.trace.as_ref()) {
+        spec.writable_dirs
+            .extend(trace.parent().map(Path::to_owned));
+    }
 
     let executable = std::env::current_exe()?;
     let mut argv: Vec<OsString> = vec![executable.into(), "run".into(), "--config".into()];
@@ -112,6 +116,9 @@ fn inside_config(
     }
     if let SerialMode::File(path) = &checked.serial {
         inside.serial = Some(Serial(SerialMode::File(absolute(path)?)));
+    }
+    if let Some(iommu) = &mut inside.iommu {
+        iommu.trace = iommu.trace.as_deref().map(absolute).transpose()?;
     }
     for namespace in inside.nvme.iter_mut().flat_map(|nvme| &mut nvme.namespace) {
         namespace.path = namespace.path.as_deref().map(absolute).transpose()?;

@@ -94,6 +94,7 @@ pub fn check_spec(config: &MachineConfig) -> Result<Checked> {
         memory: memory(config.memory)?,
         nvme: nvme(&config.nvme, &name)?,
         net: net(&config.net, &name)?,
+        iommu: super::vtd::check(config.iommu.as_ref())?,
         vsock,
         serial: config
             .serial
@@ -403,7 +404,10 @@ fn check_host(spec: &Checked) -> Result<()> {
         }
     }
     if let SerialMode::File(path) = &spec.serial {
-        output_file(path)?;
+        output_file("--serial file:", path)?;
+    }
+    if let Some(trace) = spec.iommu.as_ref().and_then(|iommu| iommu.trace.as_ref()) {
+        output_file("--iommu trace=", trace)?;
     }
     for (option, path) in [
         ("--control", spec.control.as_deref()),
@@ -543,8 +547,8 @@ fn interface_index(name: &str) -> Option<u32> {
     netdevice::name_to_index(&socket, name).ok()
 }
 
-fn output_file(path: &Path) -> Result<()> {
-    let option = format!("--serial file:{}", path.display());
+fn output_file(option: &str, path: &Path) -> Result<()> {
+    let option = format!("{option}{}", path.display());
     let bad = |problem: &str| BadInput::new(&option, problem);
     if path.is_dir() {
         return Err(bad("a folder: give the path of a file"));

@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use guest_images::Release;
 
-use crate::machine::{MachineSpec, NetSpec, NvmeSpec, OnReboot, SerialMode, VsockSpec};
+use crate::machine::{IommuSpec, MachineSpec, NetSpec, NvmeSpec, OnReboot, SerialMode, VsockSpec};
 
 /// A guest's name: 1 to 48 of `a-z A-Z 0-9 . _ -`, not starting with a dot or a dash. It is the name
 /// of its runtime folder, so it is kept short enough for a Unix socket's path.
@@ -178,6 +178,8 @@ pub struct Checked {
     pub nvme: Vec<NvmeSpec>,
     /// Network devices; their addresses and tap interfaces differ.
     pub net: Vec<NetSpec>,
+    /// The IOMMU, if there is one.
+    pub iommu: Option<IommuSpec>,
     /// The vsock device, unless it was switched off.
     pub vsock: Option<VsockChoice>,
     /// The first serial port.
@@ -214,6 +216,7 @@ impl Checked {
             memory: self.memory,
             nvme: self.nvme.clone(),
             net: self.net.clone(),
+            iommu: self.iommu.clone(),
             vsock: self.vsock.as_ref().map(|choice| VsockSpec {
                 cid: choice.cid.into(),
                 socket: choice.socket.clone().unwrap_or_else(|| vsock.to_owned()),

@@ -10,7 +10,7 @@ use super::Size;
 use crate::machine::SerialMode;
 
 /// Splits `key=value,key,...`. `,,` stands for a comma inside a value.
-fn items(text: &str) -> impl Iterator<Item = (String, Option<String>)> {
+pub(super) fn items(text: &str) -> impl Iterator<Item = (String, Option<String>)> {
     let text = text.replace(",,", "\0");
     let items: Vec<_> = text
         .split(',')
@@ -26,20 +26,20 @@ fn items(text: &str) -> impl Iterator<Item = (String, Option<String>)> {
 }
 
 /// The value of `key`, which is needed.
-fn need(key: &str, value: Option<String>, example: &str) -> Result<String, String> {
+pub(super) fn need(key: &str, value: Option<String>, example: &str) -> Result<String, String> {
     value
         .filter(|value| !value.is_empty())
         .ok_or_else(|| format!("`{key}` needs a value, for example {key}={example}"))
 }
 
-fn number(key: &str, value: Option<String>, example: &str) -> Result<u32, String> {
+pub(super) fn number(key: &str, value: Option<String>, example: &str) -> Result<u32, String> {
     let value = need(key, value, example)?;
     value
         .parse()
         .map_err(|_| format!("{key}={value}: not a whole number, use for example {key}={example}"))
 }
 
-fn switch(key: &str, value: Option<String>) -> Result<bool, String> {
+pub(super) fn switch(key: &str, value: Option<String>) -> Result<bool, String> {
     match value.as_deref() {
         None | Some("on" | "true") => Ok(true),
         Some("off" | "false") => Ok(false),
@@ -52,11 +52,11 @@ fn size(key: &str, value: Option<String>) -> Result<Size, String> {
     value.parse().map_err(|error| format!("{key}: {error}"))
 }
 
-fn unknown(key: &str, known: &str) -> String {
+pub(super) fn unknown(key: &str, known: &str) -> String {
     format!("unknown key `{key}`: the keys are {known}")
 }
 
-fn once<T>(slot: &mut Option<T>, key: &str, value: T) -> Result<(), String> {
+pub(super) fn once<T>(slot: &mut Option<T>, key: &str, value: T) -> Result<(), String> {
     match slot.replace(value) {
         None => Ok(()),
         Some(_) => Err(format!("`{key}` is given twice")),

@@ -8,6 +8,7 @@ mod check;
 mod checked;
 mod device;
 mod size;
+mod vtd;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,6 +19,7 @@ pub use check::{check, check_spec};
 pub use checked::{Accel, BootFiles, BootSource, Checked, GuestName, Mac, VsockChoice, release};
 pub use device::{NamespaceArg, NamespaceConfig, NetConfig, NvmeConfig, Serial, VsockConfig};
 pub use size::{Size, SizeError};
+pub use vtd::{IommuConfig, IommuKind, IotlbGeometry};
 
 use crate::machine::OnReboot;
 
@@ -115,6 +117,24 @@ pub struct MachineConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub trace_boot: Option<bool>,
 
+    /// IOMMU before all devices: off, or intel[,KEY=VALUE...] (VT-d) [default: off]
+    ///
+    /// Whether the guest uses it is the guest's choice: Debian's kernels do with `--cmdline
+    /// intel_iommu=on` (and iommu=pt, iommu.strict=0|1, intel_iommu=on,sm_on).
+    /// Keys, on|off: scalable [off] (PASID tables), first-stage [as scalable], second-stage [on],
+    /// pass-through [on], caching-mode [off] (CAP.CM), coherent [on] (ECAP.C: off, and the guest
+    /// must flush its tables from the CPU's caches), interrupt-remapping [on], x2apic [on if the
+    /// host's KVM can] (32-bit destinations, EIM). Others: address-width=39|48|57 bits [48],
+    /// largest-page=4K|2M|1G [1G], iotlb=SETSxWAYS of each worker [64x4; up to 4096x16],
+    /// fault-registers=1..64 [8], trace=FILE (gets each access to the unit's registers).
+    #[arg(
+        long,
+        value_name = "off|intel[,KEY=VALUE...]",
+        help_heading = "Devices"
+    )]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub iommu: Option<IommuConfig>,
+
     /// Vsock device: off, or cid=N,socket=PATH [default: cid=3, `vsock` in the runtime folder]
     #[arg(long, value_name = "off|KEY=VALUE,...", help_heading = "Devices")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -200,6 +220,7 @@ impl MachineConfig {
             serial: flags.serial.or(file.serial),
             control: flags.control.or(file.control),
             trace_boot: flags.trace_boot.or(file.trace_boot),
+            iommu: flags.iommu.or(file.iommu),
             vsock: flags.vsock.or(file.vsock),
             nvme: file.nvme.into_iter().chain(flags.nvme).collect(),
             namespace: Vec::new(),
@@ -260,6 +281,11 @@ mod tests {
             serial = "file:/tmp/serial.log"
             control = "/tmp/c"
             trace-boot = true
+
+            [iommu]
+            kind = "intel"
+            scalable = true
+            iotlb = "32x2"
 
             [vsock]
             cid = 7

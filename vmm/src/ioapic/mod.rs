@@ -190,11 +190,11 @@ impl Pin {
 
     fn message(&self) -> MsiMessage {
         let entry = self.entry;
-        // Address and data format: Intel SDM volume 3, 11.11.
+        // Address and data format: Intel SDM volume 3, 11.11. Bits 63:48 of the entry are bits 19:4
+        // of the address, whatever they mean: the destination's APIC id, or, for a remapping unit,
+        // the format bit and the interrupt's index, with bit 11 (VT-d rev 4.1, 5.1.2.1 and 5.1.5.1).
         MsiMessage {
-            address: 0xfee0_0000
-                | u64::from(entry.destination()) << 12
-                | u64::from(entry.logical()) << 2,
+            address: 0xfee0_0000 | entry.into_bits() >> 48 << 4 | u64::from(entry.logical()) << 2,
             data: u32::from(entry.vector())
                 | u32::from(entry.delivery_mode()) << 8
                 | 1 << 14
@@ -314,6 +314,24 @@ mod tests {
             [MsiMessage {
                 address: 0xfee0_3004,
                 data: 0x4031
+            }]
+        );
+    }
+
+    #[test]
+    fn the_remappable_format_goes_out_as_its_index() {
+        let bench = Bench::new();
+        // Index 0x9234: bit 15 in bit 11 of the low half, the others in bits 31:17 of the high half,
+        // with the format bit below them.
+        bench.set(0x19, 0x1234 << 17 | 1 << 16);
+        bench.set(0x18, 1 << 11 | 4);
+        bench.chip.pulse(4);
+        let fired = bench.lines[4].fired.lock().unwrap().clone();
+        assert_eq!(
+            fired,
+            [MsiMessage {
+                address: 0xfee0_0000 | 0x1234 << 5 | 1 << 4 | 1 << 2,
+                data: 0x4004
             }]
         );
     }

@@ -44,8 +44,9 @@ pub struct Redirection {
     pub level: bool,
     /// Nothing is delivered.
     pub masked: bool,
-    #[bits(39)]
+    #[bits(31)]
     __: u64,
-    /// Destination APIC.
-    pub destination: u8,
+    /// Destination APIC in the upper half. In the remappable format (VT-d rev 4.1, 5.1.5.1) bit 0 is
+    /// set, and the rest is bits 14:0 of the interrupt's index.
+    pub destination: u16,
 }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use kvm_bindings::{
     KVM_CAP_BINARY_STATS_FD, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_SPLIT_IRQCHIP,
+    KVM_CAP_X2APIC_API, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
     kvm_enable_cap,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
@@ -156,5 +157,27 @@ impl Host {
             }
         }
         Ok(Arc::new(vm))
+    }
+
+    /// From now on the upper half of an MSI's address has bits 31:8 of its destination, and 0xff is
+    /// no broadcast in x2APIC mode. False if this host's KVM cannot.
+    ///
+    /// # Errors
+    ///
+    /// KVM has the capability, but refuses it.
+    pub fn enable_wide_destinations(&self, vm: &VmFd) -> Result<bool, KvmError> {
+        let flags = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
+        let offered = self.kvm.check_extension_raw(KVM_CAP_X2APIC_API.into());
+        if u32::try_from(offered).is_ok_and(|offered| offered & flags == flags) {
+            let mut wide = kvm_enable_cap {
+                cap: KVM_CAP_X2APIC_API,
+                ..Default::default()
+            };
+            wide.args[0] = flags.into();
+            vm.enable_cap(&wide)
+                .map_err(|e| KvmError::Call("enabling 32-bit interrupt destinations", e))?;
+            return Ok(true);
+        }
+        Ok(false)
     }
 }

@@ -78,6 +78,7 @@ impl Board {
         let acpi = AcpiConfig {
             vcpus: spec.vcpus,
             pci_window_64: layout::pci_window_64(bits),
+            iommu: None,
         };
         let rsdp = acpi::write(&ram, &acpi)?;
         let files = BootFiles {

@@ -27,6 +27,8 @@ pub struct MachineSpec {
     pub nvme: Vec<NvmeSpec>,
     /// Network interfaces, in bus order.
     pub net: Vec<NetSpec>,
+    /// The IOMMU between all devices and memory.
+    pub iommu: Option<IommuSpec>,
     /// The virtio-vsock device.
     pub vsock: Option<VsockSpec>,
     /// What COM1 is connected to.
@@ -106,6 +108,55 @@ pub enum NetBackendSpec {
     },
     /// Every packet sent comes back.
     Loopback,
+}
+
+/// An Intel VT-d remapping unit. The fields are what its capability registers will say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a capability bit")]
+pub struct IommuSpec {
+    /// Scalable mode beside legacy mode.
+    pub scalable: bool,
+    /// Bits of device addresses: 39, 48 or 57.
+    pub address_width: u8,
+    /// Not-present entries may be cached (CAP.CM).
+    pub caching_mode: bool,
+    /// Page walks are coherent with CPU caches (ECAP.C).
+    pub coherent: bool,
+    /// Interrupt remapping.
+    pub interrupt_remapping: bool,
+    /// 32-bit interrupt destinations (ECAP.EIM); `None`: if the host's KVM can.
+    pub x2apic: Option<bool>,
+    /// Pass-through translation (ECAP.PT).
+    pub pass_through: bool,
+    /// First-stage tables, in scalable mode.
+    pub first_stage: bool,
+    /// Second-stage tables.
+    pub second_stage: bool,
+    /// Largest page of the tables.
+    pub largest_page: LargestPage,
+    /// Sets of each IOTLB, a power of two.
+    pub iotlb_sets: u16,
+    /// Ways of each IOTLB.
+    pub iotlb_ways: u16,
+    /// Fault recording registers.
+    pub fault_registers: u8,
+    /// Gets each access to the unit's registers.
+    pub trace: Option<PathBuf>,
+}
+
+/// Largest page of the IOMMU's tables; all smaller ones are possible too.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub enum LargestPage {
+    /// 4 KiB.
+    #[serde(rename = "4K")]
+    Kib4,
+    /// 2 MiB.
+    #[serde(rename = "2M")]
+    Mib2,
+    /// 1 GiB.
+    #[default]
+    #[serde(rename = "1G")]
+    Gib1,
 }
 
 /// The virtio-vsock device and its mapping to the host.

@@ -39,8 +39,8 @@ use signals::Signals;
 use stats::Sources;
 
 pub use description::{
-    ExitReason, MAX_VCPUS, MIN_MEMORY, MachineSpec, NamespaceSpec, NetBackendSpec, NetSpec,
-    NvmeSpec, OnReboot, SerialMode, Storage, VsockSpec,
+    ExitReason, IommuSpec, LargestPage, MAX_VCPUS, MIN_MEMORY, MachineSpec, NamespaceSpec,
+    NetBackendSpec, NetSpec, NvmeSpec, OnReboot, SerialMode, Storage, VsockSpec,
 };
 pub use stats::{DeviceStats, MachineStats, VcpuStats};
 pub use trace::BootTrace;
