@@ -1,1 +1,19 @@
 //! Intel VT-d (Intel Virtualization Technology for Directed I/O, architecture specification, rev 4.1).
+//!
+//! The tables that software builds, and how a request walks through them:
+//!
+//! ```text
+//!               legacy mode                            scalable mode
+//! RTADDR ->     root table [bus]                       root table [bus], lower or upper half
+//!               context table [device, function]       context table [device, function]
+//!                                                      PASID directory, PASID table [RID_PASID]
+//!               second stage or pass-through           first stage, second stage or pass-through
+//! ```
+//!
+//! - [`spec`]: what the specification says, as data: table entries, capabilities, fault reasons.
+//! - [`Options`]: what this unit offers, and the capability registers that say so.
+
+mod options;
+pub mod spec;
+
+pub use options::{AddressWidths, IotlbGeometry, LargePages, Options};
