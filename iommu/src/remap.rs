@@ -42,6 +42,8 @@ pub enum Stage {
         write_protect: bool,
         /// Requests are made with supervisor privilege (SRE is checked when the entry is read).
         supervisor: bool,
+        /// Walks snoop the processor caches; only then may accessed and dirty bits be set.
+        walk_snoop: bool,
     },
     /// Second-stage tables.
     Second {
@@ -51,6 +53,8 @@ pub enum Stage {
         levels: u8,
         /// Accessed and dirty bits are kept in the tables.
         access_dirty: bool,
+        /// Walks snoop the processor caches; only then may accessed and dirty bits be set.
+        walk_snoop: bool,
     },
 }
 
