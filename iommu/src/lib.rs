@@ -12,26 +12,40 @@
 //!
 //! # Draining
 //!
-//! Whoever takes a mapping away (clears Bus Master Enable now; invalidates an IOTLB range later)
-//! must know when no worker can still use it. Workers open a [`DmaSection`] around each batch; the
-//! revoker publishes the change, moves the space's epoch on and waits until every view is either
-//! outside a section or entered one after the change, and until no buffer is pinned. See
-//! [`DmaSpace::set_bus_master`].
+//! Whoever takes a mapping away (clears Bus Master Enable, invalidates a range of the IOTLB) must know
+//! when no worker can still use it. Workers open a [`DmaSection`] around each batch; the revoker
+//! publishes an [`Invalidation`] and waits until every view is either outside a section or entered one
+//! after it, and until no buffer pinned before overlaps it. See [`Invalidations`].
 
 mod addr;
+mod drain;
+mod invalidate;
+mod log;
 mod memory;
 mod msi;
 mod pin;
 mod remap;
 mod space;
+mod view;
 pub mod vtd;
 
 pub use addr::{Bdf, Gpa, Iova, SourceId};
+pub use invalidate::Invalidations;
 pub use memory::{DmaMemory, DmaSection};
 pub use msi::{MsiLine, MsiMessage, MsiSink};
 pub use pin::PinnedBuffers;
 pub use remap::{Context, FaultReason, Invalidation, Mapping, Remapper, Stage};
 pub use space::{BusMaster, DmaSpace};
+
+/// What `drain` and `log` are made of; loom's in their tests.
+mod sync {
+    pub(crate) use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+    pub(crate) use std::sync::{Condvar, Mutex};
+    /// Pins in one piece of a view's list: bits of a word.
+    pub(crate) const SLOTS: usize = 64;
+    /// Invalidations that a view may fall behind before it drops all it has.
+    pub(crate) const LOG: u64 = 256;
+}
 
 /// The guest's RAM: host memory mapped at guest-physical addresses.
 pub type GuestRam = vm_memory::GuestMemoryMmap<()>;

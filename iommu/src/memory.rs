@@ -11,7 +11,8 @@ use vm_memory::{
     VolatileSlice,
 };
 
-use crate::space::ViewState;
+use crate::drain::FIRST;
+use crate::view::View;
 use crate::{DmaError, DmaSpace, GuestRam, Iova};
 
 /// A worker's private view of a [`DmaSpace`].
@@ -19,8 +20,10 @@ use crate::{DmaError, DmaSpace, GuestRam, Iova};
 /// It may move to another thread but not be shared: what it caches is its own.
 pub struct DmaMemory {
     space: Arc<DmaSpace>,
-    state: Arc<ViewState>,
+    view: Arc<View>,
     depth: Cell<u32>,
+    /// Number of the last invalidation that was applied.
+    seen: Cell<u64>,
 }
 
 /// An open section: while it lives, what the view resolved stays valid.
@@ -32,17 +35,19 @@ impl Drop for DmaSection<'_> {
         let depth = self.0.depth.get() - 1;
         self.0.depth.set(depth);
         if depth == 0 {
-            self.0.space.leave(&self.0.state);
+            self.0.view.section.leave();
+            self.0.space.invalidations().wake();
         }
     }
 }
 
 impl DmaMemory {
-    pub(crate) fn new(space: Arc<DmaSpace>, state: Arc<ViewState>) -> DmaMemory {
+    pub(crate) fn new(space: Arc<DmaSpace>, view: Arc<View>) -> DmaMemory {
         DmaMemory {
             space,
-            state,
+            view,
             depth: Cell::new(0),
+            seen: Cell::new(FIRST),
         }
     }
 
@@ -51,7 +56,12 @@ impl DmaMemory {
     pub fn section(&self) -> DmaSection<'_> {
         let depth = self.depth.get();
         if depth == 0 {
-            self.space.enter(&self.state);
+            let seen = self.seen.get();
+            let now = self.space.invalidations().enter(&self.view, seen);
+            if now != seen {
+                self.seen.set(now);
+                self.view.section.renew(now);
+            }
         }
         self.depth.set(depth + 1);
         DmaSection(self)
@@ -140,8 +150,12 @@ impl DmaMemory {
         &self.space
     }
 
-    pub(crate) fn state(&self) -> &Arc<ViewState> {
-        &self.state
+    pub(crate) fn view(&self) -> &Arc<View> {
+        &self.view
+    }
+
+    pub(crate) fn seen(&self) -> u64 {
+        self.seen.get()
     }
 
     pub(crate) fn open(&self) -> Result<&GuestRam, DmaError> {

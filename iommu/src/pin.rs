@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
-use crate::space::ViewState;
+use crate::drain::Pin;
+use crate::view::{PinPlace, View};
 use crate::{Access, DmaError, DmaMemory, DmaSpace, Iova};
 
 /// A scatter-gather list of guest memory, resolved to host addresses and held.
@@ -15,7 +16,15 @@ use crate::{Access, DmaError, DmaMemory, DmaSpace, Iova};
 pub struct PinnedBuffers {
     iovecs: Vec<libc::iovec>,
     len: u64,
-    holder: Option<(Arc<DmaSpace>, Arc<ViewState>)>,
+    holder: Option<Holder>,
+    pin: Option<Pin>,
+}
+
+/// Through which view the memory is held.
+struct Holder {
+    space: Arc<DmaSpace>,
+    view: Arc<View>,
+    place: PinPlace,
 }
 
 // SAFETY: the iovecs point into guest RAM, which `holder` keeps mapped; the mapping belongs to the
@@ -29,7 +38,8 @@ impl PinnedBuffers {
         PinnedBuffers::default()
     }
 
-    /// Appends `len` bytes at `iova`, joined to the last element where host addresses touch.
+    /// Appends `len` bytes at `iova`, joined to the last element where host addresses touch. All that
+    /// is held at a time must come through one view.
     ///
     /// # Errors
     ///
@@ -47,10 +57,7 @@ impl PinnedBuffers {
         let ram = mem.open()?;
         let count = usize::try_from(len).map_err(|_| DmaError::NotMapped(iova, len))?;
         let (old_vecs, old_last) = (self.iovecs.len(), self.iovecs.last().copied());
-        if self.holder.is_none() {
-            mem.space().pin(mem.state());
-            self.holder = Some((Arc::clone(mem.space()), Arc::clone(mem.state())));
-        }
+        self.hold(mem, iova, len);
         for slice in GuestMemoryBackend::get_slices(ram, GuestAddress(iova.0), count) {
             match slice {
                 Ok(slice) => self.append(slice),
@@ -68,6 +75,35 @@ impl PinnedBuffers {
         }
         self.len += len;
         Ok(())
+    }
+
+    /// Makes the pin, or widens it, before the memory is used.
+    fn hold(&mut self, mem: &DmaMemory, iova: Iova, len: u64) {
+        let last = iova.0.saturating_add(len.saturating_sub(1));
+        let pin = match self.pin {
+            Some(pin) => Pin {
+                start: pin.start.min(iova.0),
+                last: pin.last.max(last),
+                ..pin
+            },
+            None => Pin {
+                since: mem.seen(),
+                domain: 0,
+                start: iova.0,
+                last,
+            },
+        };
+        let holder = match &mut self.holder {
+            Some(holder) if self.pin.is_some() || Arc::ptr_eq(&holder.view, mem.view()) => holder,
+            other => other.insert(Holder {
+                space: Arc::clone(mem.space()),
+                view: Arc::clone(mem.view()),
+                place: mem.view().place(),
+            }),
+        };
+        debug_assert!(Arc::ptr_eq(&holder.view, mem.view()), "a pin has one view");
+        holder.place.set(pin);
+        self.pin = Some(pin);
     }
 
     fn append(&mut self, slice: VolatileSlice<'_, ()>) {
@@ -156,8 +192,11 @@ impl PinnedBuffers {
     pub fn release(&mut self) {
         self.iovecs.clear();
         self.len = 0;
-        if let Some((space, state)) = self.holder.take() {
-            space.unpin(&state);
+        if self.pin.take().is_some()
+            && let Some(holder) = &self.holder
+        {
+            holder.place.release();
+            holder.space.invalidations().wake();
         }
     }
 }
@@ -215,7 +254,7 @@ mod tests {
                 .push(&mem, Iova(0x3000), 0x2000, Access::Read)
                 .is_err()
         );
-        assert!(buffers.is_empty() && buffers.holder.is_none());
+        assert!(buffers.is_empty() && buffers.pin.is_none());
         buffers
             .push(&mem, Iova(0x2000), 0x1000, Access::Read)
             .unwrap();

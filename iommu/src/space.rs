@@ -1,28 +1,18 @@
 //! A function's view of memory, shared by its workers.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use crate::{DmaMemory, GuestRam, MsiSink, SourceId};
-
-/// What a revoker must know of one view.
-#[derive(Default)]
-pub(crate) struct ViewState {
-    /// Epoch of the space when the open section was entered; 0 outside sections.
-    pub(crate) section: AtomicU64,
-    /// Buffers pinned through this view.
-    pub(crate) pins: AtomicU32,
-}
+use crate::remap::Invalidation;
+use crate::view::View;
+use crate::{DmaMemory, GuestRam, Invalidations, MsiSink, SourceId};
 
 /// One PCI function's view of memory.
 pub struct DmaSpace {
     ram: GuestRam,
     bus_master: AtomicBool,
-    epoch: AtomicU64,
-    views: Mutex<Vec<Weak<ViewState>>>,
-    revokers: AtomicU32,
-    lock: Mutex<()>,
-    progress: Condvar,
+    invalidations: Arc<Invalidations>,
+    views: Mutex<Vec<Weak<View>>>,
 }
 
 impl DmaSpace {
@@ -31,21 +21,20 @@ impl DmaSpace {
         Arc::new(DmaSpace {
             ram,
             bus_master: AtomicBool::new(false),
-            epoch: AtomicU64::new(1),
+            invalidations: Invalidations::new(),
             views: Mutex::new(Vec::new()),
-            revokers: AtomicU32::new(0),
-            lock: Mutex::new(()),
-            progress: Condvar::new(),
         })
     }
 
     /// A private view for one worker thread.
     pub fn view(self: &Arc<Self>) -> DmaMemory {
-        let state = Arc::new(ViewState::default());
+        let view = Arc::new(View::new(SourceId(0)));
         let mut views = self.views.lock().unwrap_or_else(PoisonError::into_inner);
         views.retain(|view| view.strong_count() > 0);
-        views.push(Arc::downgrade(&state));
-        DmaMemory::new(Arc::clone(self), state)
+        views.push(Arc::downgrade(&view));
+        drop(views);
+        self.invalidations.register(Arc::clone(&view));
+        DmaMemory::new(Arc::clone(self), view)
     }
 
     /// Whether the function may start transactions.
@@ -54,75 +43,28 @@ impl DmaSpace {
     }
 
     /// Sets Bus Master Enable. Turning it off returns only when no section that could still use the
-    /// old setting is open and no buffer is pinned: after it, the function touches no memory.
+    /// old setting is open and nothing is pinned: after it, the function touches no memory.
     ///
     /// Must not be called inside a section, nor with a lock held that a worker takes in one.
     pub fn set_bus_master(&self, on: bool) {
         let was = self.bus_master.swap(on, Ordering::SeqCst);
         if was && !on {
-            self.drain();
+            // Who enters a section now sees the number, and with it that bus mastering is off.
+            let to = self.invalidations.publish(Invalidation::Nothing);
+            let views: Vec<_> = {
+                let views = self.views.lock().unwrap_or_else(PoisonError::into_inner);
+                views.iter().filter_map(Weak::upgrade).collect()
+            };
+            self.invalidations.wait_views(&views, to);
         }
-    }
-
-    /// Waits until every access begun under an older epoch has ended.
-    fn drain(&self) {
-        self.revokers.fetch_add(1, Ordering::SeqCst);
-        let now = self.epoch.fetch_add(1, Ordering::SeqCst) + 1;
-        // Pairs with the fence in `enter`: either the section sees the change that we published
-        // before, or we see its entry below.
-        fence(Ordering::SeqCst);
-        let views: Vec<_> = {
-            let views = self.views.lock().unwrap_or_else(PoisonError::into_inner);
-            views.iter().filter_map(Weak::upgrade).collect()
-        };
-        let busy = |view: &Arc<ViewState>| {
-            let section = view.section.load(Ordering::Acquire);
-            (section != 0 && section < now) || view.pins.load(Ordering::Acquire) != 0
-        };
-        let mut guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
-        while views.iter().any(busy) {
-            guard = self
-                .progress
-                .wait(guard)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
-        drop(guard);
-        self.revokers.fetch_sub(1, Ordering::SeqCst);
     }
 
     pub(crate) fn ram(&self) -> &GuestRam {
         &self.ram
     }
 
-    pub(crate) fn enter(&self, view: &ViewState) {
-        view.section
-            .store(self.epoch.load(Ordering::Acquire), Ordering::Relaxed);
-        fence(Ordering::SeqCst);
-    }
-
-    pub(crate) fn leave(&self, view: &ViewState) {
-        view.section.store(0, Ordering::Release);
-        self.wake_revokers();
-    }
-
-    pub(crate) fn pin(&self, view: &ViewState) {
-        view.pins.fetch_add(1, Ordering::AcqRel);
-    }
-
-    pub(crate) fn unpin(&self, view: &ViewState) {
-        view.pins.fetch_sub(1, Ordering::AcqRel);
-        self.wake_revokers();
-    }
-
-    /// Pairs with `drain`: the state change before the fence is seen by a revoker's check, or the
-    /// revoker's count is seen here. The lock keeps the wake-up from falling between its check and
-    /// its wait.
-    fn wake_revokers(&self) {
-        fence(Ordering::SeqCst);
-        if self.revokers.load(Ordering::Relaxed) != 0 {
-            drop(self.lock.lock().unwrap_or_else(PoisonError::into_inner));
-            self.progress.notify_all();
-        }
+    pub(crate) fn invalidations(&self) -> &Arc<Invalidations> {
+        &self.invalidations
     }
 }
 
