@@ -7,7 +7,7 @@ use iommu::{Bdf, BusMaster, DmaSpace, GuestRam, MsiSink};
 use crate::BarIndex;
 use crate::config::{Config, VENDOR_BODY};
 use crate::function::{Bar, Endpoint, Function, Structure, StructurePlace};
-use crate::msix::Msix;
+use crate::interrupt::{InterruptPin, Intx, Msi, Msix};
 use crate::spec;
 
 /// Class code register (PCI Code and ID Assignment 1.11, 1).
@@ -71,6 +71,9 @@ pub enum BuildError {
         /// Largest.
         max: u64,
     },
+    /// A power of two from 1 to 32.
+    #[error("{0} MSI vectors; 1, 2, 4, 8, 16 and 32 are possible")]
+    MsiVectors(u8),
     /// 1 to 2048 are possible.
     #[error("{0} MSI-X vectors; 1 to 2048 are possible")]
     Vectors(u16),
@@ -107,6 +110,8 @@ struct MsixPlan {
 pub struct FunctionBuilder {
     identity: Identity,
     bars: Vec<(BarIndex, u64, BarKind)>,
+    intx: Option<InterruptPin>,
+    msi: Option<u8>,
     msix: Option<MsixPlan>,
     vendor: Vec<(Vec<u8>, Vec<u8>)>,
     power_management: bool,
@@ -120,6 +125,8 @@ impl FunctionBuilder {
         FunctionBuilder {
             identity,
             bars: Vec::new(),
+            intx: None,
+            msi: None,
             msix: None,
             vendor: Vec::new(),
             power_management: true,
@@ -131,6 +138,20 @@ impl FunctionBuilder {
     #[must_use]
     pub fn bar(mut self, index: BarIndex, size: u64, kind: BarKind) -> Self {
         self.bars.push((index, size, kind));
+        self
+    }
+
+    /// Gives the function an interrupt pin.
+    #[must_use]
+    pub fn intx(mut self, pin: InterruptPin) -> Self {
+        self.intx = Some(pin);
+        self
+    }
+
+    /// Adds MSI with `vectors` (a power of two from 1 to 32), a 64-bit address and per-vector masking.
+    #[must_use]
+    pub fn msi(mut self, vectors: u8) -> Self {
+        self.msi = Some(vectors);
         self
     }
 
@@ -200,6 +221,8 @@ impl FunctionBuilder {
             config: Mutex::new(config),
             bars,
             structures,
+            intx: self.intx.map(Intx::new),
+            msi: Msi::new(self.msi.unwrap_or(0).into(), &master),
             msix: Msix::new(vectors, &master),
             master,
         }))
@@ -220,6 +243,9 @@ impl FunctionBuilder {
         config.allow(spec::COMMAND, &spec::command::WRITABLE.to_le_bytes());
         config.allow(spec::CACHE_LINE_SIZE, &[0xff]);
         config.allow(spec::INTERRUPT_LINE, &[0xff]);
+        if let Some(pin) = self.intx {
+            config.define(spec::INTERRUPT_PIN, &[pin.register()]);
+        }
     }
 
     fn define_bars(&self, config: &mut Config) -> Result<Vec<Bar>, BuildError> {
@@ -299,6 +325,12 @@ impl FunctionBuilder {
         }
         if self.express {
             config.express = Some(list.add(&express()));
+        }
+        if let Some(vectors) = self.msi {
+            if !vectors.is_power_of_two() || vectors > spec::msi::MAX_VECTORS {
+                return Err(BuildError::MsiVectors(vectors));
+            }
+            config.msi = Some(list.add(&msi(vectors)));
         }
         if let Some(plan) = &self.msix {
             config.msix = Some(list.add(&msix(plan)));
@@ -438,6 +470,25 @@ fn express() -> Capability {
     capability.define(DEVICE_CAPABILITIES, &device.to_le_bytes());
     capability.define(DEVICE_CONTROL, &DEVICE_CONTROL_RESET.to_le_bytes());
     capability.allow(DEVICE_CONTROL, &DEVICE_CONTROL_WRITABLE.to_le_bytes());
+    capability
+}
+
+fn msi(vectors: u8) -> Capability {
+    use spec::msi::{
+        ADDRESS, CONTROL, DATA, ENABLE, LEN, MASK, MASKING, MULTIPLE_CAPABLE_SHIFT,
+        MULTIPLE_ENABLE, WIDE,
+    };
+    let mut capability = Capability::new(spec::capability::MSI, LEN);
+    // At most 5: `vectors` is a power of two up to 32.
+    let log2 = u16::try_from(vectors.trailing_zeros()).unwrap_or(0);
+    let control = log2 << MULTIPLE_CAPABLE_SHIFT | WIDE | MASKING;
+    capability.define(CONTROL, &control.to_le_bytes());
+    capability.allow(CONTROL, &(ENABLE | MULTIPLE_ENABLE).to_le_bytes());
+    // The two low bits of the address are 0 (7.7.1.3).
+    capability.allow(ADDRESS, &(!3u64).to_le_bytes());
+    capability.allow(DATA, &[0xff; 2]);
+    let vectors = u32::MAX >> (u32::from(spec::msi::MAX_VECTORS) - u32::from(vectors));
+    capability.allow(MASK, &vectors.to_le_bytes());
     capability
 }
 

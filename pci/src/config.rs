@@ -1,5 +1,6 @@
 //! The bytes of a function's configuration space and which of them can be written.
 
+use crate::interrupt::MsiRegisters;
 use crate::spec::{self, CONFIG_SPACE_LEN};
 
 /// Configuration space: a value, a write mask and a reset value for each bit. Bits outside the mask
@@ -12,6 +13,8 @@ pub(crate) struct Config {
     pub(crate) power: Option<u16>,
     /// First byte of the PCI Express capability, if there is one.
     pub(crate) express: Option<u16>,
+    /// First byte of the MSI capability, if there is one.
+    pub(crate) msi: Option<u16>,
     /// First byte of the MSI-X capability, if there is one.
     pub(crate) msix: Option<u16>,
     /// Vendor-specific capabilities in order: first byte and length.
@@ -27,6 +30,7 @@ impl Config {
             reset: Box::new([0; CONFIG_SPACE_LEN]),
             power: None,
             express: None,
+            msi: None,
             msix: None,
             vendor: Vec::new(),
         }
@@ -100,13 +104,29 @@ impl Config {
     }
 
     /// The command register, with what the power state switches off switched off: in `D3hot` a
-    /// function answers configuration accesses only and starts nothing (5.3.1.4).
+    /// function answers configuration accesses only, starts nothing and asserts no pin (5.3.1.4).
     pub(crate) fn effective_command(&self) -> u16 {
         let command = self.u16_at(spec::COMMAND);
         if self.power_state() == spec::power::D0 {
             command
         } else {
             command & !(spec::command::MEMORY | spec::command::BUS_MASTER)
+                | spec::command::INTX_DISABLE
+        }
+    }
+
+    /// The registers of the MSI capability; all zero without it.
+    pub(crate) fn msi_registers(&self) -> MsiRegisters {
+        use spec::msi::{ADDRESS, CONTROL, DATA, MASK};
+        let Some(at) = self.msi else {
+            return MsiRegisters::default();
+        };
+        let high = u64::from(self.u32_at(at + ADDRESS + 4));
+        MsiRegisters {
+            control: self.u16_at(at + CONTROL),
+            address: high << 32 | u64::from(self.u32_at(at + ADDRESS)),
+            data: self.u16_at(at + DATA),
+            mask: self.u32_at(at + MASK),
         }
     }
 

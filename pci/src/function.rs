@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use iommu::{Bdf, BusMaster};
 
 use crate::config::Config;
+use crate::interrupt::{Intx, IntxLines, IntxPin, Msi, MsiRegisters, Msix};
 use crate::map::{AddressMap, Placement};
-use crate::msix::Msix;
 use crate::spec;
 use crate::{BarIndex, IoEvent, PciDevice};
 
@@ -43,6 +43,8 @@ pub(crate) struct Function {
     pub(crate) config: Mutex<Config>,
     pub(crate) bars: Vec<Bar>,
     pub(crate) structures: Vec<StructurePlace>,
+    pub(crate) intx: Option<Arc<Intx>>,
+    pub(crate) msi: Arc<Msi>,
     pub(crate) msix: Arc<Msix>,
     pub(crate) master: BusMaster,
 }
@@ -62,7 +64,17 @@ impl Endpoint {
         self.0.master.clone()
     }
 
-    /// The function's interrupt vectors; none if it has no MSI-X.
+    /// The function's interrupt pin, if it has one.
+    pub fn intx(&self) -> Option<IntxPin> {
+        self.0.intx.clone().map(IntxPin)
+    }
+
+    /// The function's MSI vectors; none if it has no MSI.
+    pub fn msi(&self) -> Arc<Msi> {
+        Arc::clone(&self.0.msi)
+    }
+
+    /// The function's MSI-X vectors; none if it has no MSI-X.
     pub fn msix(&self) -> Arc<Msix> {
         Arc::clone(&self.0.msix)
     }
@@ -73,13 +85,36 @@ impl Endpoint {
 struct Effects {
     bus_master: bool,
     placements: Vec<Placement>,
+    intx_disable: bool,
+    msi: MsiRegisters,
     msix_enable: bool,
     msix_mask: bool,
+}
+
+impl Effects {
+    /// Interrupts are messages, so INTx is not used.
+    fn messages(&self) -> bool {
+        self.msi.enabled() || self.msix_enable
+    }
 }
 
 impl Function {
     fn config(&self) -> MutexGuard<'_, Config> {
         self.config.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bits of the dword at `register` that are not kept in configuration space but are as they are
+    /// now: Interrupt Status, and MSI's Pending Bits.
+    fn live(&self, register: u16, msi: Option<u16>) -> u32 {
+        if register == spec::COMMAND {
+            let pending = self.intx.as_ref().is_some_and(|intx| intx.pending());
+            // Status is the upper half.
+            return (u32::from(pending) * u32::from(spec::status::INTERRUPT)) << 16;
+        }
+        match msi {
+            Some(at) if register == at + spec::msi::PENDING => self.msi.pending(),
+            _ => 0,
+        }
     }
 
     fn effects(&self) -> Effects {
@@ -94,6 +129,8 @@ impl Function {
         Effects {
             bus_master: command & spec::command::BUS_MASTER != 0,
             placements,
+            intx_disable: command & spec::command::INTX_DISABLE != 0,
+            msi: config.msi_registers(),
             msix_enable,
             msix_mask,
         }
@@ -161,13 +198,28 @@ impl Slot {
             .define(spec::HEADER_TYPE, &[spec::header_type::MULTI_FUNCTION]);
     }
 
+    /// Connects the interrupt pin.
+    pub(crate) fn connect(&self, lines: &Arc<IntxLines>) {
+        if let Some(intx) = &self.function.intx {
+            let input = intx.connect(lines, self.devfn());
+            self.function
+                .config()
+                .define(spec::INTERRUPT_LINE, &[input]);
+        }
+    }
+
     /// A configuration read of 1 to 4 bytes inside one dword.
     pub(crate) fn config_read(&self, offset: u16, data: &mut [u8]) {
-        let part = {
+        let (part, msi) = {
             let config = self.function.config();
             config.read(offset, data);
-            config.vendor_part(offset, data.len())
+            (config.vendor_part(offset, data.len()), config.msi)
         };
+        let register = offset & !3;
+        let live = self.function.live(register, msi).to_le_bytes();
+        for (byte, live) in data.iter_mut().zip(&live[usize::from(offset - register)..]) {
+            *byte |= live;
+        }
         if let Some((index, from, range)) = part
             && let Some(data) = data.get_mut(range)
         {
@@ -198,11 +250,16 @@ impl Slot {
     /// off the bus and its transactions end, then the device is reset, then configuration space.
     pub(crate) fn reset(self: &Arc<Self>, map: &AddressMap) {
         let mut applied = self.applied();
-        self.function.config().write(spec::COMMAND, &[0, 0]);
+        let quiet = spec::command::INTX_DISABLE.to_le_bytes();
+        self.function.config().write(spec::COMMAND, &quiet);
         self.settle(map, &mut applied);
         self.device.reset();
+        if let Some(intx) = &self.function.intx {
+            intx.reset();
+        }
         self.function.config().reset();
         self.settle(map, &mut applied);
+        self.function.msi.reset();
         self.function.msix.reset();
     }
 
@@ -224,10 +281,20 @@ impl Slot {
                 .msix
                 .set_control(wanted.msix_enable, wanted.msix_mask);
         }
+        if wanted.msi != applied.msi {
+            self.function.msi.set_registers(wanted.msi);
+        }
+        let wire = |effects: &Effects| (effects.intx_disable, effects.messages());
+        if let Some(intx) = &self.function.intx
+            && wire(&wanted) != wire(applied)
+        {
+            intx.configure(wanted.intx_disable, wanted.messages());
+        }
         if wanted.bus_master != applied.bus_master {
             let on = wanted.bus_master;
             // Turning it off waits here until no access and no pinned I/O is under way.
             self.function.master.dma.set_bus_master(on);
+            self.function.msi.set_bus_master(on);
             self.function.msix.set_bus_master(on);
             self.device.bus_master_changed(on);
         }

@@ -7,9 +7,12 @@ use std::sync::{Arc, OnceLock};
 use iommu::{Bdf, Gpa, GuestRam, MsiSink};
 
 use crate::function::{Endpoint, Slot};
+use crate::interrupt::IntxLines;
 use crate::map::AddressMap;
 use crate::spec::{CONFIG_SPACE_LEN, ecam, mechanism1};
-use crate::{BarIndex, BuildError, ClassCode, FunctionBuilder, Identity, IoEventHub, PciDevice};
+use crate::{
+    BarIndex, BuildError, ClassCode, FunctionBuilder, Identity, IntxSink, IoEventHub, PciDevice,
+};
 
 /// Functions of one bus.
 const FUNCTIONS: usize = 256;
@@ -62,6 +65,7 @@ pub struct RootComplex {
     windows: Windows,
     functions: Box<[OnceLock<Arc<Slot>>]>,
     map: AddressMap,
+    intx: Arc<IntxLines>,
     /// `CONFIG_ADDRESS`.
     address: AtomicU32,
 }
@@ -77,16 +81,21 @@ impl PciDevice for HostBridge {
 
 impl RootComplex {
     /// A root complex whose bus 0 holds the host bridge, function 00:00.0. Stores that wake workers
-    /// are registered with `hub` wherever their BARs are.
+    /// are registered with `hub` wherever their BARs are; the interrupt pins' four lines end in `intx`.
     ///
     /// # Errors
     ///
     /// The windows are not as [`Windows`] says, or overlap.
-    pub fn new(windows: Windows, hub: Arc<dyn IoEventHub>) -> Result<Arc<RootComplex>, RootError> {
+    pub fn new(
+        windows: Windows,
+        hub: Arc<dyn IoEventHub>,
+        intx: Arc<dyn IntxSink>,
+    ) -> Result<Arc<RootComplex>, RootError> {
         check(&windows)?;
         let root = Arc::new(RootComplex {
             map: AddressMap::new([windows.mmio32.clone(), windows.mmio64.clone()], hub),
             windows,
+            intx: IntxLines::new(intx),
             functions: (0..FUNCTIONS).map(|_| OnceLock::new()).collect(),
             address: AtomicU32::new(0),
         });
@@ -134,7 +143,10 @@ impl RootComplex {
             Some(place) if bdf.bus() == 0 => place,
             _ => return Err(AttachError::NoSuchBus(bdf)),
         };
-        place.set(slot).map_err(|_| AttachError::Occupied(bdf))?;
+        place
+            .set(Arc::clone(&slot))
+            .map_err(|_| AttachError::Occupied(bdf))?;
+        slot.connect(&self.intx);
 
         let first = usize::from(bdf.device()) * usize::from(Bdf::FUNCTIONS);
         let device = self.functions.iter().skip(first);

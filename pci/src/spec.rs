@@ -59,6 +59,8 @@ pub mod command {
 
 /// Bits of the status register (7.5.1.1.4).
 pub mod status {
+    /// Interrupt Status.
+    pub const INTERRUPT: u16 = 1 << 3;
     /// Capabilities List.
     pub const CAPABILITIES: u16 = 1 << 4;
 }
@@ -89,6 +91,8 @@ pub mod bar {
 pub mod capability {
     /// PCI Power Management Interface.
     pub const POWER_MANAGEMENT: u8 = 0x01;
+    /// MSI.
+    pub const MSI: u8 = 0x05;
     /// Vendor-Specific.
     pub const VENDOR_SPECIFIC: u8 = 0x09;
     /// PCI Express.
@@ -146,6 +150,36 @@ pub mod express {
     pub const INITIATE_FLR: u16 = 1 << 15;
     /// Device Status (7.5.3.5).
     pub const DEVICE_STATUS: u16 = 10;
+}
+
+/// MSI capability with a 64-bit address and per-vector masking (7.7.1).
+pub mod msi {
+    /// Length of the capability.
+    pub const LEN: usize = 24;
+    /// Message Control (7.7.1.2).
+    pub const CONTROL: u16 = 2;
+    /// MSI Enable.
+    pub const ENABLE: u16 = 1 << 0;
+    /// Position of Multiple Message Capable: vectors asked for, as a power of two.
+    pub const MULTIPLE_CAPABLE_SHIFT: u32 = 1;
+    /// Position of Multiple Message Enable: vectors granted, as a power of two.
+    pub const MULTIPLE_ENABLE_SHIFT: u32 = 4;
+    /// Multiple Message Enable.
+    pub const MULTIPLE_ENABLE: u16 = 7 << MULTIPLE_ENABLE_SHIFT;
+    /// 64-bit Address Capable.
+    pub const WIDE: u16 = 1 << 7;
+    /// Per-Vector Masking Capable.
+    pub const MASKING: u16 = 1 << 8;
+    /// Message Address (7.7.1.3); its upper half follows (7.7.1.4).
+    pub const ADDRESS: u16 = 4;
+    /// Message Data (7.7.1.5).
+    pub const DATA: u16 = 12;
+    /// Mask Bits (7.7.1.7).
+    pub const MASK: u16 = 16;
+    /// Pending Bits (7.7.1.8).
+    pub const PENDING: u16 = 20;
+    /// Most vectors of a function.
+    pub const MAX_VECTORS: u8 = 32;
 }
 
 /// MSI-X capability and structures (7.7.2).

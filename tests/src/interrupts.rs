@@ -1,4 +1,4 @@
-//! Where interrupt messages end: a recorder that tests can wait on.
+//! Where interrupts end: a recorder of messages and one of line levels, which tests can wait on.
 
 use std::collections::HashMap;
 use std::io;
@@ -7,6 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use iommu::{MsiLine, MsiMessage, MsiSink, SourceId};
+use pci::IntxSink;
 
 /// First data value that [`Recorder::allocate`] gives out, as on x86, where lower ones are
 /// exceptions.
@@ -153,5 +154,65 @@ impl MsiLine for Line {
             self.shared.counts().entry(message).or_default().arrived += 1;
             self.shared.arrival.notify_all();
         }
+    }
+}
+
+/// A line's level, and how often it has changed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LineState {
+    /// Asserted.
+    pub level: bool,
+    /// Changes so far.
+    pub changes: u64,
+}
+
+/// Records the levels of the root complex's four interrupt lines.
+#[derive(Default)]
+pub struct Lines {
+    lines: Mutex<[LineState; 4]>,
+    change: Condvar,
+}
+
+impl Lines {
+    /// Interrupt Line register of functions on line 0.
+    pub const FIRST_INPUT: u8 = 16;
+
+    /// Line `line`, 0 to 3, now.
+    pub fn state(&self, line: usize) -> LineState {
+        self.lock()[line]
+    }
+
+    /// All levels.
+    pub fn levels(&self) -> [bool; 4] {
+        self.lock().map(|line| line.level)
+    }
+
+    /// Waits until line `line` has the level `level`; false if it has not within `timeout`.
+    pub fn wait(&self, line: usize, level: bool, timeout: Duration) -> bool {
+        let (lines, _) = self
+            .change
+            .wait_timeout_while(self.lock(), timeout, |lines| lines[line].level != level)
+            .unwrap_or_else(PoisonError::into_inner);
+        lines[line].level == level
+    }
+
+    fn lock(&self) -> MutexGuard<'_, [LineState; 4]> {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Panics on a change that is none: that is the root complex's promise.
+impl IntxSink for Lines {
+    fn set_level(&self, line: u8, level: bool) {
+        let mut lines = self.lock();
+        let line = &mut lines[usize::from(line)];
+        assert_ne!(line.level, level, "no change");
+        line.level = level;
+        line.changes += 1;
+        self.change.notify_all();
+    }
+
+    fn input(&self, line: u8) -> u8 {
+        Self::FIRST_INPUT + line
     }
 }

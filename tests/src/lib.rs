@@ -33,7 +33,7 @@ pub mod fuzz;
 
 pub use events::EventTable;
 pub use function::{GuestBar, GuestFunction, GuestVector};
-pub use interrupts::{Delivery, Recorder};
+pub use interrupts::{Delivery, LineState, Lines, Recorder};
 pub use machine::{Machine, layout};
 pub use memory::{DmaBuffer, PAGE_SIZE, Side};
 pub use test_device::{Call, TestDevice};

@@ -8,7 +8,7 @@ use pci::{Endpoint, FunctionBuilder, PciDevice, RootComplex, Windows};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::events::EventTable;
-use crate::interrupts::Recorder;
+use crate::interrupts::{Lines, Recorder};
 use crate::memory::{DmaBuffer, PAGE_SIZE, Pages, Side};
 
 /// Where things are in the fake machine.
@@ -32,6 +32,7 @@ pub struct Machine {
     ram: GuestRam,
     root: Arc<RootComplex>,
     interrupts: Arc<Recorder>,
+    lines: Arc<Lines>,
     events: Arc<EventTable>,
     pages: Pages,
     /// Free addresses for BARs below and above 4 GiB.
@@ -52,10 +53,13 @@ impl Machine {
             mmio64: layout::MMIO64,
         };
         let hub = Arc::clone(&events);
+        let lines = Arc::<Lines>::default();
+        let intx = Arc::clone(&lines);
         Arc::new(Machine {
             ram: GuestRam::from_ranges(&regions).expect("guest RAM"),
-            root: RootComplex::new(windows, hub).expect("root complex"),
+            root: RootComplex::new(windows, hub, intx).expect("root complex"),
             interrupts: Arc::default(),
+            lines,
             events,
             // Page 0 is left out: address 0 is what an uninitialised pointer looks like.
             pages: Pages::new(PAGE_SIZE..layout::LOW_RAM.end, layout::HIGH_RAM),
@@ -88,6 +92,11 @@ impl Machine {
     /// Where the devices' interrupts go.
     pub fn interrupts(&self) -> &Arc<Recorder> {
         &self.interrupts
+    }
+
+    /// The root complex's interrupt lines.
+    pub fn lines(&self) -> &Arc<Lines> {
+        &self.lines
     }
 
     /// Which stores signal events.

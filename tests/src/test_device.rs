@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use iommu::{Access, Bdf, BusMaster, DmaError, DmaMemory, Iova, PinnedBuffers};
 use pci::{
     BarIndex, BarKind, ClassCode, Endpoint, FunctionBuilder, Identity, IoEvent, IoLength,
-    MsixVector, PciDevice,
+    MsiVector, PciDevice,
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -36,7 +36,7 @@ pub enum Call {
 /// [`TestDevice::fresh`] says.
 pub struct TestDevice {
     master: BusMaster,
-    vectors: Vec<MsixVector>,
+    vectors: Vec<MsiVector>,
     registers: Mutex<[Vec<u8>; 3]>,
     calls: Mutex<Vec<Call>>,
     capability_reads: AtomicU64,

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use devices::worker::{Kick, Polled, QueueTask, Worker, WorkerOptions};
 use iommu::{DmaError, DmaMemory, Gpa, Iova};
 use pci::{
-    BarIndex, BarKind, ClassCode, Endpoint, FunctionBuilder, Identity, MsixVector, PciDevice,
+    BarIndex, BarKind, ClassCode, Endpoint, FunctionBuilder, Identity, MsiVector, PciDevice,
 };
 use tests::{DmaBuffer, GuestFunction, GuestVector, Machine, Side, TIMEOUT};
 
@@ -160,7 +160,7 @@ impl PciDevice for CopyEngine {
 struct CopyTask {
     registers: Arc<Registers>,
     memory: DmaMemory,
-    vector: MsixVector,
+    vector: MsiVector,
     /// The next descriptor.
     head: u32,
     /// Descriptors have ended and the guest has not been interrupted for them.

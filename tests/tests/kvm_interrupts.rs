@@ -271,7 +271,16 @@ fn a_masked_vector_waits_for_its_unmasking() {
         }
         fn remove(&self, _address: u64, _event: &IoEvent) {}
     }
-    let root = pci::RootComplex::new(windows, Arc::new(NoEvents)).unwrap();
+    struct NoLines;
+    impl pci::IntxSink for NoLines {
+        fn set_level(&self, line: u8, _level: bool) {
+            panic!("no function has a pin, and line {line} changes");
+        }
+        fn input(&self, _line: u8) -> u8 {
+            0
+        }
+    }
+    let root = pci::RootComplex::new(windows, Arc::new(NoEvents), Arc::new(NoLines)).unwrap();
     let endpoint = FunctionBuilder::new(identity)
         .bar(BarIndex(0), 0x1000, BarKind::Memory32)
         .msix(4, (BarIndex(0), 0), (BarIndex(0), 0x800))

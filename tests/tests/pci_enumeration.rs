@@ -459,7 +459,8 @@ fn windows_are_checked() {
             mmio64,
         };
         let machine = Machine::new();
-        RootComplex::new(windows, Arc::<tests::EventTable>::clone(machine.events())).err()
+        let hub = Arc::<tests::EventTable>::clone(machine.events());
+        RootComplex::new(windows, hub, Arc::<tests::Lines>::default()).err()
     };
     let (ecam, low, high) = (layout::ECAM, layout::MMIO32, layout::MMIO64);
     assert_eq!(make(ecam.clone(), low.clone(), high.clone()), None);

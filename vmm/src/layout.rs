@@ -89,6 +89,8 @@ pub const COM1: Range<u16> = 0x3f8..0x400;
 pub const COM1_PIN: u8 = 4;
 /// The power button's IOAPIC pin (through a Generic Event Device).
 pub const POWER_BUTTON_PIN: u8 = 9;
+/// IOAPIC pin of the PCI root complex's interrupt line 0; lines 1 to 3 follow.
+pub const PCI_PIN: u8 = 16;
 /// Index and data port of the CMOS real-time clock.
 pub const RTC: Range<u16> = 0x70..0x72;
 /// Keyboard controller's command port; only its reset command is there.

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use iommu::{DmaMemory, Iova};
-use pci::MsixVector;
+use pci::MsiVector;
 
 use super::command::{Action, Wait};
 use super::doorbell::BadRing;
@@ -41,7 +41,7 @@ pub(super) struct Core {
     pub(super) shared: Arc<Shared>,
     id: QueueId,
     cq: Option<CompletionQueue>,
-    vector: Option<MsixVector>,
+    vector: Option<MsiVector>,
     sqs: Vec<SubmissionQueue>,
     /// Whose turn it is.
     turn: usize,

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use pci::MsixVector;
+use pci::MsiVector;
 
 use super::spec::{NO_VECTOR, isr, status};
 
@@ -12,7 +12,7 @@ use super::spec::{NO_VECTOR, isr, status};
 /// worker or for the transport's register lock.
 pub struct Transport {
     name: String,
-    vectors: Vec<MsixVector>,
+    vectors: Vec<MsiVector>,
     status: AtomicU8,
     isr: AtomicU8,
     config_vector: AtomicU16,
@@ -25,7 +25,7 @@ pub struct Transport {
 
 impl Transport {
     /// For a function with these MSI-X vectors and this many queues.
-    pub(super) fn new(name: String, vectors: Vec<MsixVector>, queues: usize) -> Transport {
+    pub(super) fn new(name: String, vectors: Vec<MsiVector>, queues: usize) -> Transport {
         Transport {
             name,
             vectors,

@@ -6,6 +6,7 @@ use acpi_tables::aml::{
     Return, Scope, Uuid, ZERO,
 };
 use acpi_tables::sdt::Sdt;
+use iommu::Bdf;
 
 use super::{AcpiConfig, OEM, REVISION, SLEEP_TYPE_S5, TABLE, bytes};
 use crate::layout;
@@ -50,6 +51,7 @@ fn host_bridge(config: &AcpiConfig) -> Vec<u8> {
     let narrow = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
     let config_ports = layout::PCI_CONFIG.start;
     let osc = osc();
+    let routing = routing();
     bytes(&Device::new(
         "PCI0".into(),
         vec![
@@ -87,8 +89,26 @@ fn host_bridge(config: &AcpiConfig) -> Vec<u8> {
                 ]),
             ),
             &osc,
+            &routing,
         ],
     ))
+}
+
+/// `_PRT` (6.2.13): which global interrupt each pin of each device on bus 0 is. It must say what
+/// [`pci::IntxSink`] does: pin after pin, beginning one further for each device.
+fn routing() -> impl acpi_tables::Aml {
+    /// Function number of "all functions" in an address (table 6.2).
+    const ANY_FUNCTION: u32 = 0xffff;
+    let pins = (0..u32::from(Bdf::DEVICES)).flat_map(|device| (0..4).map(move |pin| (device, pin)));
+    let entries: Vec<_> = pins
+        .map(|(device, pin)| {
+            let global = u32::from(layout::PCI_PIN) + (device + pin) % 4;
+            let address = device << 16 | ANY_FUNCTION;
+            Raw(bytes(&Package::new(vec![&address, &pin, &ZERO, &global])))
+        })
+        .collect();
+    let entries = entries.iter().map(|e| e as &dyn acpi_tables::Aml).collect();
+    Raw(bytes(&Name::new("_PRT".into(), &Package::new(entries))))
 }
 
 /// `_OSC`: the operating system may use the native features that exist.

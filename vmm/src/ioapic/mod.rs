@@ -9,7 +9,9 @@ mod spec;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use iommu::{MsiLine, MsiMessage};
+use pci::IntxSink;
 
+use crate::layout;
 use spec::Redirection;
 
 /// Input pins.
@@ -144,6 +146,17 @@ impl IoApic {
         };
         pin.write(high, value);
         pin.deliver(&**line);
+    }
+}
+
+/// The PCI lines are active low on a board; here a level is what it means.
+impl IntxSink for IoApic {
+    fn set_level(&self, line: u8, level: bool) {
+        IoApic::set_level(self, self.input(line), level);
+    }
+
+    fn input(&self, line: u8) -> u8 {
+        layout::PCI_PIN + line % 4
     }
 }
 
@@ -402,6 +415,17 @@ mod tests {
         bench.chip.pulse(4);
         let fired = bench.lines[4].fired.lock().unwrap().clone();
         assert_eq!(fired[1].data & 0xff, 0x52);
+    }
+
+    #[test]
+    fn pci_lines_are_pins_16_to_19() {
+        let bench = Bench::new();
+        for line in 0..4 {
+            let pin = usize::from(16 + line);
+            bench.set(0x10 + 2 * (16 + line), 1 << 13 | LEVEL | 0x50);
+            IntxSink::set_level(&bench.chip, line, true);
+            assert_eq!((bench.chip.input(line), bench.fired(pin)), (16 + line, 1));
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use iommu::{GuestRam, MsiSink};
 use kvm_ioctls::VmFd;
-use pci::{RootComplex, Windows};
+use pci::{IntxSink, RootComplex, Windows};
 
 use super::bus::MachineBus;
 use super::devices::{Backends, Devices};
@@ -66,7 +66,8 @@ impl Board {
             mmio32: layout::PCI_WINDOW_32,
             mmio64: layout::pci_window_64(bits),
         };
-        let root = RootComplex::new(windows, hub)?;
+        let intx: Arc<dyn IntxSink> = Arc::clone(&ioapic) as _;
+        let root = RootComplex::new(windows, hub, intx)?;
         let panic = Arc::new(PanicWatch::default());
         let serial = Serial::new(Arc::clone(&ioapic), output, Arc::clone(&panic))
             .map_err(MachineError::Host)?;

@@ -15,7 +15,7 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use iommu::{DmaMemory, Iova};
-use pci::MsixVector;
+use pci::MsiVector;
 
 use self::features::Features;
 use self::queues::Created;
@@ -42,7 +42,7 @@ pub(super) struct AdminTask {
     workers: Arc<IoWorkers>,
     config: Config,
     mem: DmaMemory,
-    vector: Option<MsixVector>,
+    vector: Option<MsiVector>,
     queues: Option<(SubmissionQueue, CompletionQueue)>,
     /// Bytes of a memory page.
     page: u64,

@@ -1,7 +1,8 @@
-//! The MSI-X gate under loom: every interleaving of signals, masking and unmasking.
+//! The gate of MSI and MSI-X vectors under loom: every interleaving of signals, masking, unmasking
+//! and withdrawing.
 
 /// The crate's own source, with loom's atomics.
-#[path = "../src/msix/gate.rs"]
+#[path = "../src/interrupt/gate.rs"]
 #[allow(dead_code, reason = "not every test uses every method")]
 mod gate;
 
@@ -90,6 +91,29 @@ fn one_signal_fires_once_whatever_masking_does() {
         signaller.join().unwrap();
         let (fired, [seen, _]) = vector.totals();
         assert_eq!((fired, seen), (1, 1));
+    });
+}
+
+#[test]
+fn a_withdrawn_signal_fires_once_or_never_and_is_not_pending() {
+    loom::model(|| {
+        let vector = Vector::new();
+        let signaller = {
+            let vector = Arc::clone(&vector);
+            thread::spawn(move || {
+                vector.signal(0);
+                vector.gate.forget();
+            })
+        };
+        vector.unblock();
+        signaller.join().unwrap();
+        let (fired, [seen, _]) = vector.totals();
+        assert!(fired <= 1 && seen == fired);
+        assert!(!vector.gate.pending());
+        // The next one is not lost.
+        vector.signal(1);
+        let (now, [_, seen]) = vector.totals();
+        assert_eq!((now, seen), (fired + 1, 1));
     });
 }
 

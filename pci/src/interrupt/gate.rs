@@ -1,6 +1,6 @@
 //! One vector's gate between signals and messages: a single atomic word.
 //!
-//! - `BLOCKED`: the vector must not fire now, for whichever reason: MSI-X is disabled, the function
+//! - `BLOCKED`: the vector must not fire now, for whichever reason: MSI(-X) is disabled, the function
 //!   or the vector is masked, Bus Master Enable is clear, or the host has given no line.
 //! - `PENDING`: signalled while blocked. Set only together with `BLOCKED`.
 //! - the rest counts the threads between their check of `BLOCKED` and the end of firing.
@@ -74,7 +74,7 @@ impl Gate {
         }
     }
 
-    /// Forgets a pending signal.
+    /// Forgets a pending signal. May be called by any thread.
     pub(crate) fn forget(&self) {
         self.0.fetch_and(!PENDING, Ordering::AcqRel);
     }
