@@ -256,6 +256,29 @@ impl GuestFunction {
         self.set_config(self.msix_capability() + CONTROL, enable | mask);
     }
 
+    /// The MSI capability.
+    pub fn msi(&self) -> GuestMsi {
+        let capability = self.capability(spec::capability::MSI);
+        GuestMsi {
+            function: self.clone(),
+            at: capability.expect("MSI capability"),
+        }
+    }
+
+    /// Enables MSI with one vector, as most drivers do, and gives its message.
+    pub fn setup_msi(&self) -> MsiMessage {
+        let msi = self.msi();
+        let message = self.machine.interrupts().allocate();
+        msi.set_message(message);
+        msi.control(true, 0);
+        message
+    }
+
+    /// Whether Interrupt Status is set.
+    pub fn interrupt_status(&self) -> bool {
+        self.config::<u16>(spec::STATUS) & spec::status::INTERRUPT != 0
+    }
+
     fn msix_capability(&self) -> u16 {
         let capability = self.capability(spec::capability::MSIX);
         capability.expect("MSI-X capability")
@@ -280,6 +303,56 @@ impl GuestFunction {
             pba,
             message: self.machine.interrupts().allocate(),
         }
+    }
+}
+
+/// An MSI capability in the driver's hands.
+#[derive(Clone)]
+pub struct GuestMsi {
+    function: GuestFunction,
+    at: u16,
+}
+
+impl GuestMsi {
+    /// Vectors that the function asks for.
+    pub fn capable(&self) -> u32 {
+        let control: u16 = self.function.config(self.at + spec::msi::CONTROL);
+        1 << (control >> spec::msi::MULTIPLE_CAPABLE_SHIFT & 7)
+    }
+
+    /// Writes MSI Enable and Multiple Message Enable.
+    pub fn control(&self, enable: bool, log2_granted: u16) {
+        let control = u16::from(enable) | log2_granted << spec::msi::MULTIPLE_ENABLE_SHIFT;
+        self.write(spec::msi::CONTROL, control);
+    }
+
+    /// Writes address and data.
+    pub fn set_message(&self, message: MsiMessage) {
+        let [a, b, c, d, e, f, g, h] = message.address.to_le_bytes();
+        self.write(spec::msi::ADDRESS, u32::from_le_bytes([a, b, c, d]));
+        self.write(spec::msi::ADDRESS + 4, u32::from_le_bytes([e, f, g, h]));
+        let [a, b, ..] = message.data.to_le_bytes();
+        self.write(spec::msi::DATA, u16::from_le_bytes([a, b]));
+    }
+
+    /// Writes the mask bits.
+    pub fn mask(&self, bits: u32) {
+        self.write(spec::msi::MASK, bits);
+    }
+
+    /// The pending bits.
+    pub fn pending(&self) -> u32 {
+        self.read(spec::msi::PENDING)
+    }
+
+    /// Reads a register of the capability.
+    pub fn read<T: ByteValued>(&self, register: u16) -> T {
+        self.function.config(self.at + register)
+    }
+
+    /// Writes a register of the capability.
+    pub fn write<T: ByteValued>(&self, register: u16, value: T) {
+        self.function.set_config(self.at + register, value);
     }
 }
 

@@ -32,7 +32,7 @@ pub mod virtio;
 pub mod fuzz;
 
 pub use events::EventTable;
-pub use function::{GuestBar, GuestFunction, GuestVector};
+pub use function::{GuestBar, GuestFunction, GuestMsi, GuestVector};
 pub use interrupts::{Delivery, LineState, Lines, Recorder};
 pub use machine::{Machine, layout};
 pub use memory::{DmaBuffer, PAGE_SIZE, Side};

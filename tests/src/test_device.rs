@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use iommu::{Access, Bdf, BusMaster, DmaError, DmaMemory, Iova, PinnedBuffers};
 use pci::{
-    BarIndex, BarKind, ClassCode, Endpoint, FunctionBuilder, Identity, IoEvent, IoLength,
-    MsiVector, PciDevice,
+    BarIndex, BarKind, ClassCode, Endpoint, FunctionBuilder, Identity, InterruptPin, IntxPin,
+    IoEvent, IoLength, MsiVector, PciDevice,
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -37,6 +37,7 @@ pub enum Call {
 pub struct TestDevice {
     master: BusMaster,
     vectors: Vec<MsiVector>,
+    pin: Option<IntxPin>,
     registers: Mutex<[Vec<u8>; 3]>,
     calls: Mutex<Vec<Call>>,
     capability_reads: AtomicU64,
@@ -60,6 +61,16 @@ impl TestDevice {
     /// Describes the function, with `vectors` MSI-X vectors (1 to 1024).
     pub fn builder(vectors: u16) -> FunctionBuilder {
         let pba = Self::TABLE + u64::from(vectors) * 16;
+        Self::plain().msix(vectors, (BarIndex(0), Self::TABLE), (BarIndex(0), pba))
+    }
+
+    /// Describes the function with `vectors` MSI vectors (a power of two up to 32) and a pin instead
+    /// of MSI-X.
+    pub fn legacy(vectors: u8, pin: InterruptPin) -> FunctionBuilder {
+        Self::plain().msi(vectors).intx(pin)
+    }
+
+    fn plain() -> FunctionBuilder {
         let identity = Identity {
             vendor: 0x1234,
             device: 0x5678,
@@ -76,16 +87,18 @@ impl TestDevice {
         FunctionBuilder::new(identity)
             .bar(BarIndex(0), Self::BAR0_SIZE, wide)
             .bar(BarIndex(2), Self::BAR2_SIZE, BarKind::Memory32)
-            .msix(vectors, (BarIndex(0), Self::TABLE), (BarIndex(0), pba))
             .vendor_capability(Self::VENDOR_BODY.to_vec(), Self::VENDOR_MASK.to_vec())
     }
 
     /// A device for this function.
     pub fn new(endpoint: &Endpoint) -> Arc<TestDevice> {
-        let msix = endpoint.msix();
+        let (msi, msix) = (endpoint.msi(), endpoint.msix());
+        let messages = (0..msi.vectors()).filter_map(|i| msi.vector(i));
+        let entries = (0..msix.vectors()).filter_map(|i| msix.vector(i));
         let device = TestDevice {
             master: endpoint.bus_master(),
-            vectors: (0..msix.vectors()).filter_map(|i| msix.vector(i)).collect(),
+            vectors: messages.chain(entries).collect(),
+            pin: endpoint.intx(),
             registers: Mutex::default(),
             calls: Mutex::default(),
             capability_reads: AtomicU64::new(0),
@@ -97,7 +110,12 @@ impl TestDevice {
 
     /// Builds one with `vectors` vectors and plugs it in at 00:`slot`.0.
     pub fn plug(machine: &Machine, slot: u8, vectors: u16) -> Arc<TestDevice> {
-        let endpoint = machine.build(Self::builder(vectors), slot);
+        Self::plug_as(machine, slot, Self::builder(vectors))
+    }
+
+    /// Builds one as described and plugs it in at 00:`slot`.0.
+    pub fn plug_as(machine: &Machine, slot: u8, builder: FunctionBuilder) -> Arc<TestDevice> {
+        let endpoint = machine.build(builder, slot);
         let device = Self::new(&endpoint);
         machine.attach(endpoint, Arc::<TestDevice>::clone(&device));
         device
@@ -122,6 +140,16 @@ impl TestDevice {
     /// Raises interrupt `vector`.
     pub fn signal(&self, vector: usize) {
         self.vectors[vector].signal();
+    }
+
+    /// What interrupt `vector` was raised for has been dealt with.
+    pub fn withdraw(&self, vector: usize) {
+        self.vectors[vector].withdraw();
+    }
+
+    /// Asserts or deasserts the interrupt pin.
+    pub fn set_pin(&self, level: bool) {
+        self.pin.as_ref().expect("a pin").set_level(level);
     }
 
     /// Writes to memory as a bus master.

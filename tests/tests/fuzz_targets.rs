@@ -28,6 +28,11 @@ fn pci_bus_corpus() {
 }
 
 #[test]
+fn pci_msi_corpus() {
+    corpus("pci_msi", fuzz::pci_msi);
+}
+
+#[test]
 fn pci_msix_corpus() {
     corpus("pci_msix", fuzz::pci_msix);
 }
@@ -55,6 +60,11 @@ proptest! {
     #[test]
     fn pci_bus(data in vec(any::<u8>(), 0..1500)) {
         fuzz::pci_bus(&data);
+    }
+
+    #[test]
+    fn pci_msi(data in vec(any::<u8>(), 0..1200)) {
+        fuzz::pci_msi(&data);
     }
 
     #[test]

@@ -7,11 +7,13 @@
 mod input;
 mod nvme;
 mod pci_bus;
+mod pci_msi;
 mod pci_msix;
 mod virtio_net;
 
 pub use input::Input;
 pub use nvme::nvme;
 pub use pci_bus::pci_bus;
+pub use pci_msi::pci_msi;
 pub use pci_msix::pci_msix;
 pub use virtio_net::virtio_net;
