@@ -12,8 +12,14 @@
 //!
 //! - [`spec`]: what the specification says, as data: table entries, capabilities, fault reasons.
 //! - [`Options`]: what this unit offers, and the capability registers that say so.
+//! - [`walk`]: the walks, as functions of guest memory: no lock, no cache, no state.
+//! - [`build`]: writes tables, as an operating system does; for tests, test guests and models.
 
+pub mod build;
+#[cfg(test)]
+mod model;
 mod options;
 pub mod spec;
+pub mod walk;
 
 pub use options::{AddressWidths, IotlbGeometry, LargePages, Options};
