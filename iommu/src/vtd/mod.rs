@@ -13,13 +13,29 @@
 //! - [`spec`]: what the specification says, as data: table entries, capabilities, fault reasons.
 //! - [`Options`]: what this unit offers, and the capability registers that say so.
 //! - [`walk`]: the walks, as functions of guest memory: no lock, no cache, no state.
+//! - [`Unit`]: the unit with its registers, invalidation queue, fault recording and interrupt remapping.
 //! - [`build`]: writes tables, as an operating system does; for tests, test guests and models.
 
 pub mod build;
+mod completion;
+mod counters;
+mod descriptor;
+mod drain;
+mod event;
+mod fault;
+mod interrupt;
+mod limit;
+mod line;
 #[cfg(test)]
 mod model;
 mod options;
+mod queue;
 pub mod spec;
+#[cfg(test)]
+mod tests;
+mod unit;
 pub mod walk;
 
+pub use counters::{InvalidationCounters, UnitCounters};
 pub use options::{AddressWidths, IotlbGeometry, LargePages, Options};
+pub use unit::Unit;

@@ -91,6 +91,9 @@ pub struct Options {
     pub snoop_control: bool,
     /// Pass-through (ECAP.PT).
     pub pass_through: bool,
+    /// Device-TLBs (ECAP.DT). No function of a machine has one, so all that this changes is that
+    /// their invalidations are taken instead of being unknown.
+    pub device_tlb: bool,
     /// Interrupt remapping (ECAP.IR).
     pub interrupt_remapping: bool,
     /// Extended interrupt mode, x2APIC ids (ECAP.EIM).
@@ -127,6 +130,7 @@ impl Default for Options {
             scalable_coherent: true,
             snoop_control: true,
             pass_through: true,
+            device_tlb: false,
             interrupt_remapping: true,
             extended_interrupt_mode: true,
             iotlb: IotlbGeometry { sets: 64, ways: 4 },
@@ -175,12 +179,13 @@ impl Options {
             | bit(first_stage && self.first_stage_5_level, cap::FS5LP)
     }
 
-    /// The Extended Capability Register (11.4.3). Not offered: device-TLBs, memory types, nesting, page
+    /// The Extended Capability Register (11.4.3). Not offered: memory types, nesting, page
     /// requests, execute requests, requests with PASID, virtual commands, performance monitoring.
     pub fn extended_capability(&self) -> u64 {
         let scalable = self.scalable;
         ecap::QI
             | bit(self.coherent, ecap::C)
+            | bit(self.device_tlb, ecap::DT)
             | bit(self.interrupt_remapping, ecap::IR)
             | bit(
                 self.interrupt_remapping && self.extended_interrupt_mode,

@@ -55,6 +55,8 @@ pub mod ecap {
     pub const C: u64 = 1 << 0;
     /// QI: queued invalidation.
     pub const QI: u64 = 1 << 1;
+    /// DT: device-TLBs.
+    pub const DT: u64 = 1 << 2;
     /// IR: interrupt remapping.
     pub const IR: u64 = 1 << 3;
     /// EIM: extended interrupt mode (x2APIC).

@@ -1,0 +1,70 @@
+//! Replays what a driver did, from text.
+//!
+//! One access a line, numbers in hexadecimal without prefix, `#` starts a comment:
+//!
+//! ```text
+//! w OFFSET BYTES VALUE        a register is written
+//! r OFFSET BYTES VALUE        a register is read, and must be VALUE
+//! m ADDRESS BYTES VALUE       the driver writes memory
+//! s ADDRESS BYTES VALUE       the unit has written memory (waits a while for it)
+//! ```
+
+use super::*;
+
+fn value(data: &[u8]) -> u64 {
+    let mut bytes = [0; 8];
+    bytes[..data.len()].copy_from_slice(data);
+    u64::from_le_bytes(bytes)
+}
+
+fn replay(bench: &Bench, text: &str) {
+    for (number, line) in text.lines().enumerate() {
+        let line = line.split('#').next().unwrap_or_default().trim();
+        let Some((kind, rest)) = line.split_once(' ') else {
+            assert!(line.is_empty(), "line {}: {line}", number + 1);
+            continue;
+        };
+        let numbers: Vec<u64> = rest
+            .split_whitespace()
+            .map(|word| u64::from_str_radix(word, 16).expect(line))
+            .collect();
+        let &[at, len, wanted] = &numbers[..] else {
+            panic!("line {}: {line}", number + 1);
+        };
+        let len = len as usize;
+        let bytes = &wanted.to_le_bytes()[..len];
+        let mut data = vec![0; len];
+        match kind {
+            "w" => bench.unit.write(at, bytes),
+            "r" => {
+                bench.unit.read(at, &mut data);
+                assert_eq!(value(&data), wanted, "line {}: {line}", number + 1);
+            }
+            "m" => bench.ram.write_slice(bytes, GuestAddress(at)).unwrap(),
+            "s" => until(|| {
+                bench.ram.read_slice(&mut data, GuestAddress(at)).unwrap();
+                value(&data) == wanted
+            }),
+            _ => panic!("line {}: {line}", number + 1),
+        }
+    }
+}
+
+/// Linux's start-up, as its driver's source has it.
+#[test]
+fn linux_start_up() {
+    let bench = Bench::new(Options::default());
+    replay(&bench, include_str!("linux-startup.txt"));
+    assert_eq!(
+        bench.spaces.take(),
+        [
+            Invalidation::Contexts,
+            Invalidation::Contexts,
+            Invalidation::Translations,
+            Invalidation::Everything,
+        ]
+    );
+    let counters = bench.unit.counters();
+    assert_eq!((counters.waits, counters.queued.interrupt), (4, 1));
+    assert_eq!((counters.faults, counters.queue_errors), (0, 0));
+}
