@@ -47,6 +47,11 @@ fn virtio_net_corpus() {
     corpus("virtio_net", fuzz::virtio_net);
 }
 
+#[test]
+fn vtd_unit_corpus() {
+    corpus("vtd_unit", fuzz::vtd_unit);
+}
+
 fn config(cases: u32) -> ProptestConfig {
     ProptestConfig {
         failure_persistence: None,
@@ -65,6 +70,11 @@ proptest! {
     #[test]
     fn pci_msi(data in vec(any::<u8>(), 0..1200)) {
         fuzz::pci_msi(&data);
+    }
+
+    #[test]
+    fn vtd_unit(data in vec(any::<u8>(), 0..1500)) {
+        fuzz::vtd_unit(&data);
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod pci_bus;
 mod pci_msi;
 mod pci_msix;
 mod virtio_net;
+mod vtd_unit;
 
 pub use input::Input;
 pub use nvme::nvme;
@@ -17,3 +18,4 @@ pub use pci_bus::pci_bus;
 pub use pci_msi::pci_msi;
 pub use pci_msix::pci_msix;
 pub use virtio_net::virtio_net;
+pub use vtd_unit::vtd_unit;
