@@ -1,5 +1,5 @@
-//! Compiles the guest agent: statically linked, with nothing but std, so that it runs in every
-//! guest whatever its C library. The image builder embeds the result.
+//! Compiles the guest agent and the guest's vfio program: statically linked, with nothing but std,
+//! so that they run in every guest whatever its C library. The image builder embeds the results.
 
 use std::env;
 use std::fs;
@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 fn main() {
-    println!("cargo::rerun-if-changed=agent");
+    for folder in ["agent", "vfio-nvme"] {
+        println!("cargo::rerun-if-changed={folder}");
+    }
     let version = env::var("CARGO_PKG_VERSION").expect("cargo sets the version");
     // Also for the copy of the agent that cargo compiles as an example (see Cargo.toml).
     println!("cargo::rustc-env=RINGSIDE_AGENT_VERSION={version}");
@@ -18,14 +20,15 @@ fn main() {
         hash_of_sources(Path::new("src/image"))
     );
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    compile("agent/main.rs", &out.join("ringside-agent"), &version);
+    compile("vfio-nvme/main.rs", &out.join("vfio-nvme"), &version);
+}
+
+fn compile(source: &str, program: &Path, version: &str) {
     let rustc = env::var_os("RUSTC").expect("cargo sets RUSTC");
     let status = Command::new(rustc)
         .env("RINGSIDE_AGENT_VERSION", version)
-        .args([
-            "--edition=2024",
-            "--crate-name=ringside_agent",
-            "--crate-type=bin",
-        ])
+        .args(["--edition=2024", "--crate-type=bin"])
         .args([
             "-Copt-level=s",
             "-Clto=fat",
@@ -33,14 +36,15 @@ fn main() {
             "-Cstrip=symbols",
         ])
         .args(["-Ccodegen-units=1", "-Ctarget-feature=+crt-static"])
+        .args(["--crate-name", "ringside_guest_program"])
         .arg("-o")
-        .arg(out.join("ringside-agent"))
-        .arg("agent/main.rs")
+        .arg(program)
+        .arg(source)
         .status()
         .expect("rustc can be run");
     assert!(
         status.success(),
-        "the guest agent does not compile (a static C library is needed)"
+        "{source} does not compile (a static C library is needed)"
     );
 }
 

@@ -26,7 +26,7 @@ const NODEV: u64 = 4;
 const NOEXEC: u64 = 8;
 
 /// What is mounted where: type, target, flags (linux/mount.h), options.
-const MOUNTS: [(&CStr, &CStr, u64, &CStr); 9] = [
+const MOUNTS: [(&CStr, &CStr, u64, &CStr); 10] = [
     (c"proc", c"/proc", NOSUID | NODEV | NOEXEC, c""),
     (c"sysfs", c"/sys", NOSUID | NODEV | NOEXEC, c""),
     (c"devtmpfs", c"/dev", NOSUID, c"mode=0755"),
@@ -37,6 +37,12 @@ const MOUNTS: [(&CStr, &CStr, u64, &CStr); 9] = [
         c"mode=0620,ptmxmode=0666",
     ),
     (c"tmpfs", c"/dev/shm", NOSUID | NODEV, c"mode=1777"),
+    (
+        c"hugetlbfs",
+        c"/dev/hugepages",
+        NOSUID | NODEV,
+        c"mode=0700",
+    ),
     (c"tmpfs", c"/tmp", NOSUID | NODEV, c"mode=1777"),
     (c"tmpfs", c"/run", NOSUID | NODEV, c"mode=0755"),
     (

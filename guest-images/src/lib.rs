@@ -40,6 +40,15 @@
 //! stand-ins (`src/image/stub.rs`): with them the image would be three times as large, and a guest
 //! of ours has nothing that they could talk to. An engine that needs one says so and ends.
 //!
+//! An image whose name ends in `-dpdk` ([`ImageName::dpdk`]) also has DPDK's testpmd with the
+//! drivers for virtio-net behind vfio, and the libraries that testpmd is bound to.
+//!
+//! # Drivers in user space
+//!
+//! Every image has the modules `vfio_pci` and `vfio_iommu_type1`, huge pages at `/dev/hugepages`
+//! (none are reserved: write `/proc/sys/vm/nr_hugepages`), and `vfio-nvme`, a small program that
+//! drives an NVMe function through vfio (`vfio-nvme/main.rs` says what it can do).
+//!
 //! # How a guest is controlled
 //!
 //! The agent listens on vsock port 1024 if the machine has a vsock device; the protocol is in
@@ -66,6 +75,6 @@ mod tools;
 
 pub use cache::CacheDir;
 pub use error::{Error, Result};
-pub use image::{Image, Images, Release};
+pub use image::{Image, ImageName, Images, Release};
 pub use progress::Progress;
 pub use tools::HostTools;

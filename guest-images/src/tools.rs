@@ -5,10 +5,12 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use sha2::{Digest, Sha256};
+
 use crate::apt::{self, Apt, Freshness, Suite};
 use crate::{CacheDir, Error, Progress, Result};
 
-/// A folder with `ip` and `iperf3`, and the libraries that they need.
+/// A folder with `ip`, `iperf3` and `ping`, and the libraries that they need.
 #[derive(Debug)]
 pub struct HostTools {
     root: PathBuf,
@@ -22,14 +24,16 @@ impl HostTools {
     pub fn prepare(cache: &CacheDir, progress: &dyn Progress) -> Result<Self> {
         let _lock = cache.lock("host-tools")?;
         let debs = Apt::new(cache).suite(Suite::Trixie).fetch_closure(
-            &["iperf3", "iproute2"],
+            &["iperf3", "iproute2", "iputils-ping"],
             Freshness::Cached,
             progress,
         )?;
-        // Another version of a package is another folder.
-        let iperf = debs.iter().find(|deb| deb.name == "iperf3");
-        let sum = iperf.map_or("none", |deb| deb.sha256.as_str());
-        let root = cache.dir("host-tools")?.join(sum);
+        // Another version of a package, or another package, is another folder.
+        let mut sums: Vec<&str> = debs.iter().map(|deb| deb.sha256.as_str()).collect();
+        sums.sort_unstable();
+        let sum = Sha256::digest(sums.concat());
+        let name: String = sum.iter().map(|byte| format!("{byte:02x}")).collect();
+        let root = cache.dir("host-tools")?.join(name);
         if !root.is_dir() {
             progress.step("unpacking network tools");
             let temp = cache.temp_dir()?;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 
 use guest_images::apt::Freshness;
-use guest_images::{CacheDir, Image, Images, Release, progress};
+use guest_images::{CacheDir, Image, ImageName, Images, Release, progress};
 
 #[test]
 fn debian_12() {
@@ -35,12 +35,47 @@ fn debian_13() {
     assert!(has_module(&files, "ahci.ko") && has_module(&files, "virtio-iommu.ko"));
 }
 
-fn build(release: Release) -> Image {
+/// testpmd's own drivers come with the libraries that it is bound to; the rest is as without it.
+#[test]
+fn dpdk() {
+    for release in Release::ALL {
+        let name = ImageName::parse(&format!("{release}-dpdk")).unwrap();
+        let image = build(name);
+        let files = read_cpio(&fs::read(&image.initramfs).unwrap());
+        assert!(
+            files["usr/bin/dpdk-testpmd"]
+                .content
+                .starts_with(b"\x7fELF")
+        );
+        let libraries = "usr/lib/x86_64-linux-gnu";
+        let drivers: Vec<&String> = files
+            .range(format!("{libraries}/dpdk/pmds-")..format!("{libraries}/dpdk/pmds."))
+            .filter(|(_, file)| file.mode & 0o170_000 == 0o120_000)
+            .map(|(path, file)| {
+                let target = String::from_utf8(file.content.clone()).unwrap();
+                let target = target.replace("../..", libraries);
+                assert!(files[&target].content.starts_with(b"\x7fELF"), "{path}");
+                path
+            })
+            .collect();
+        assert!(
+            drivers
+                .iter()
+                .any(|path| path.contains("librte_net_virtio.so")),
+            "{drivers:?}"
+        );
+        // fio's stand-in would be in its place if the order were another.
+        assert!(files[&format!("{libraries}/libibverbs.so.1")].content.len() > 50_000);
+        assert!(files.contains_key("usr/bin/fio") && files.contains_key("usr/bin/vfio-nvme"));
+        let size: usize = files.values().map(|file| file.content.len()).sum();
+        assert!(size < 70 << 20, "{size} bytes: too much was taken");
+    }
+}
+
+fn build(name: impl Into<ImageName>) -> Image {
     let images = Images::new(&CacheDir::discover().unwrap());
     let progress = progress::on_stderr();
-    let image = images
-        .build(release, Freshness::Cached, &*progress)
-        .unwrap();
+    let image = images.build(name, Freshness::Cached, &*progress).unwrap();
     assert!(images.list().unwrap().contains(&image));
     image
 }
@@ -78,8 +113,18 @@ fn check(image: &Image) -> BTreeMap<String, File> {
 
     let files = read_cpio(&fs::read(&image.initramfs).unwrap());
     for name in [
-        "bash", "busybox", "dash", "fio", "nvme", "ethtool", "ip", "iperf3", "setpci", "lspci",
+        "bash",
+        "busybox",
+        "dash",
+        "fio",
+        "nvme",
+        "ethtool",
+        "ip",
+        "iperf3",
+        "setpci",
+        "lspci",
         "tc",
+        "vfio-nvme",
     ] {
         let file = &files[&format!("usr/bin/{name}")];
         assert!(
@@ -96,6 +141,7 @@ fn check(image: &Image) -> BTreeMap<String, File> {
         "virtio_net.ko",
         "vmw_vsock_virtio_transport.ko",
         "vfio-pci.ko",
+        "vfio_iommu_type1.ko",
     ] {
         assert!(has_module(&files, name), "{name}");
     }

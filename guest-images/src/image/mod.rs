@@ -5,6 +5,7 @@
 //! that builds it holds a lock, so nobody ever sees a part of it.
 
 pub(crate) mod cpio;
+mod dpdk;
 mod elf;
 mod kernel;
 pub(crate) mod modules;
@@ -81,6 +82,62 @@ impl FromStr for Release {
     }
 }
 
+/// An image's name: a release, and whether user-space drivers are wanted too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ImageName {
+    /// The release that it is made of.
+    pub release: Release,
+    /// With DPDK's testpmd and the drivers that it needs, which add about half of an image's size.
+    pub dpdk: bool,
+}
+
+/// What follows the release in the name of an image with DPDK.
+const DPDK_SUFFIX: &str = "-dpdk";
+
+impl ImageName {
+    /// All of them.
+    pub const ALL: [Self; 4] = [
+        Self::new(Release::Debian12, false),
+        Self::new(Release::Debian12, true),
+        Self::new(Release::Debian13, false),
+        Self::new(Release::Debian13, true),
+    ];
+
+    const fn new(release: Release, dpdk: bool) -> Self {
+        Self { release, dpdk }
+    }
+
+    /// The name on the command line: that of the release, or with `-dpdk` after it.
+    ///
+    /// # Errors
+    /// [`Error::UnknownRelease`].
+    pub fn parse(name: &str) -> Result<Self> {
+        let known = Self::ALL.into_iter().find(|one| one.to_string() == name);
+        known.ok_or_else(|| Error::UnknownRelease(name.to_owned()))
+    }
+}
+
+impl From<Release> for ImageName {
+    fn from(release: Release) -> Self {
+        Self::new(release, false)
+    }
+}
+
+impl fmt::Display for ImageName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let suffix = if self.dpdk { DPDK_SUFFIX } else { "" };
+        write!(f, "{}{suffix}", self.release)
+    }
+}
+
+impl FromStr for ImageName {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        Self::parse(name)
+    }
+}
+
 /// A package that went into an image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PackageVersion {
@@ -108,6 +165,8 @@ pub struct Manifest {
 /// An image that was built.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Image {
+    /// Its name.
+    pub name: ImageName,
     /// The release.
     pub release: Release,
     /// The kernel's release, as `uname -r` prints it.
@@ -138,20 +197,20 @@ impl Images {
         }
     }
 
-    /// Returns the image of `release`, after building it if there is none or another builder made
-    /// it. With [`Freshness::Refresh`] it is built anew from the archive's newest packages.
+    /// Returns the image `name`, after building it if there is none or another builder made it. With [`Freshness::Refresh`] it is built anew from the archive's newest packages.
     ///
     /// # Errors
     /// The packages cannot be had, are not what they should be, or the cache cannot be written.
     pub fn build(
         &self,
-        release: Release,
+        name: impl Into<ImageName>,
         freshness: Freshness,
         progress: &dyn Progress,
     ) -> Result<Image> {
-        let _lock = self.lock(release)?;
+        let name = name.into();
+        let _lock = self.lock(name)?;
         if freshness == Freshness::Cached
-            && let Some(image) = self.open_locked(release)
+            && let Some(image) = self.open_locked(name)
             && image.manifest.builder == builder_id()
         {
             return Ok(image);
@@ -159,27 +218,28 @@ impl Images {
         let temp = self.cache.temp_dir()?;
         let made = temp.path().join("image");
         fs::create_dir(&made).map_err(Error::io("create", &made))?;
-        let result = self.make(release, freshness, temp.path(), &made, progress);
+        let result = self.make(name, freshness, temp.path(), &made, progress);
         progress.done();
         result?;
 
-        let dir = self.dir(release)?;
+        let dir = self.dir(name)?;
         if dir.exists() {
             let old = temp.path().join("old");
             fs::rename(&dir, &old).map_err(Error::io("replace", &dir))?;
         }
         fs::rename(&made, &dir).map_err(Error::io("create", &dir))?;
-        self.open_locked(release)
+        self.open_locked(name)
             .ok_or_else(|| Error::malformed(dir.display().to_string(), "is not readable"))
     }
 
-    /// The image of `release`, if it was built.
+    /// The image `name`, if it was built.
     ///
     /// # Errors
     /// The cache cannot be written (for its lock).
-    pub fn open(&self, release: Release) -> Result<Option<Image>> {
-        let _lock = self.lock(release)?;
-        Ok(self.open_locked(release))
+    pub fn open(&self, name: impl Into<ImageName>) -> Result<Option<Image>> {
+        let name = name.into();
+        let _lock = self.lock(name)?;
+        Ok(self.open_locked(name))
     }
 
     /// All images that were built.
@@ -187,19 +247,20 @@ impl Images {
     /// # Errors
     /// As [`Images::open`].
     pub fn list(&self) -> Result<Vec<Image>> {
-        let opened = Release::ALL
+        let opened = ImageName::ALL
             .into_iter()
-            .map(|release| self.open(release).transpose());
+            .map(|name| self.open(name).transpose());
         opened.flatten().collect()
     }
 
-    /// Removes the image of `release` and says whether there was one. Its packages stay cached.
+    /// Removes the image `name` and says whether there was one. Its packages stay cached.
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn remove(&self, release: Release) -> Result<bool> {
-        let _lock = self.lock(release)?;
-        let dir = self.dir(release)?;
+    pub fn remove(&self, name: impl Into<ImageName>) -> Result<bool> {
+        let name = name.into();
+        let _lock = self.lock(name)?;
+        let dir = self.dir(name)?;
         if !dir.exists() {
             return Ok(false);
         }
@@ -209,20 +270,21 @@ impl Images {
         Ok(true)
     }
 
-    fn lock(&self, release: Release) -> Result<crate::cache::CacheLock> {
-        self.cache.lock(&format!("image-{release}"))
+    fn lock(&self, name: ImageName) -> Result<crate::cache::CacheLock> {
+        self.cache.lock(&format!("image-{name}"))
     }
 
-    fn dir(&self, release: Release) -> Result<PathBuf> {
-        Ok(self.cache.dir("images")?.join(release.name()))
+    fn dir(&self, name: ImageName) -> Result<PathBuf> {
+        Ok(self.cache.dir("images")?.join(name.to_string()))
     }
 
-    fn open_locked(&self, release: Release) -> Option<Image> {
-        let dir = self.dir(release).ok()?;
+    fn open_locked(&self, name: ImageName) -> Option<Image> {
+        let dir = self.dir(name).ok()?;
         let manifest = fs::read(dir.join("manifest.json")).ok()?;
         let manifest: Manifest = serde_json::from_slice(&manifest).ok()?;
         let image = Image {
-            release,
+            name,
+            release: name.release,
             kernel_release: manifest.kernel_release.clone(),
             bzimage: dir.join("bzImage"),
             vmlinux: dir.join("vmlinux"),
@@ -238,18 +300,23 @@ impl Images {
     /// Makes the files of an image in `made`; `temp` is for everything else.
     fn make(
         &self,
-        release: Release,
+        name: ImageName,
         freshness: Freshness,
         temp: &Path,
         made: &Path,
         progress: &dyn Progress,
     ) -> Result<()> {
+        let release = name.release;
         let suite = Apt::new(&self.cache).suite(release.suite());
         let kernel_deb = fetch_kernel(&suite, Flavour::Cloud, freshness, progress)?;
-        let mut debs = suite.fetch_closure(&programs::packages(), freshness, progress)?;
-        debs.retain(|deb| programs::is_useful(&deb.name));
+        let mut packages = programs::packages();
+        if name.dpdk {
+            packages.push(dpdk::PACKAGE);
+        }
+        let mut debs = suite.fetch_closure(&packages, freshness, progress)?;
+        debs.retain(|deb| programs::is_useful(&deb.name) || deb.name == dpdk::PACKAGE);
 
-        progress.step(&format!("unpacking packages for {release}"));
+        progress.step(&format!("unpacking packages for {name}"));
         let (kernel_root, root) = (temp.join("kernel"), temp.join("root"));
         apt::unpack(&kernel_deb, &kernel_root)?;
         for (count, deb) in debs.iter().enumerate() {
@@ -258,7 +325,7 @@ impl Images {
             progress.percent(u8::try_from(percent).unwrap_or(100));
         }
 
-        progress.step(&format!("making the image {release}"));
+        progress.step(&format!("making the image {name}"));
         let kernel = KernelFiles::find(&kernel_root)?;
         let bzimage = fs::read(&kernel.bzimage).map_err(Error::io("read", &kernel.bzimage))?;
         write(&made.join("vmlinux"), &extract_vmlinux(&bzimage)?)?;
@@ -266,7 +333,7 @@ impl Images {
 
         let mut tree = skeleton(release);
         modules::add(&mut tree, &kernel)?;
-        programs::add(&mut tree, &root)?;
+        programs::add(&mut tree, &root, name.dpdk)?;
         let path = made.join("initramfs.cpio");
         let file = fs::File::create(&path).map_err(Error::io("create", &path))?;
         let mut file = BufWriter::new(file);
@@ -299,9 +366,15 @@ fn write(path: &Path, content: &[u8]) -> Result<()> {
     fs::write(path, content).map_err(Error::io("write", path))
 }
 
+/// The program that drives an NVMe function from user space; see `vfio-nvme/main.rs`.
+const VFIO_NVME_BINARY: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/vfio-nvme"));
+
 fn builder_id() -> String {
-    let hash = Sha256::digest(AGENT_BINARY);
+    let hash = Sha256::new()
+        .chain_update(AGENT_BINARY)
+        .chain_update(VFIO_NVME_BINARY);
     let hex: String = hash
+        .finalize()
         .iter()
         .take(8)
         .map(|byte| format!("{byte:02x}"))
@@ -325,6 +398,8 @@ fn skeleton(release: Release) -> cpio::Tree {
     ] {
         tree.dir(dir, 0o755);
     }
+    // The kernel's own root folder is writable to all; DPDK refuses to load drivers below such a one.
+    tree.dir(".", 0o755);
     tree.dir("root", 0o700);
     tree.dir("tmp", 0o1777);
     for (link, target) in [
@@ -345,6 +420,7 @@ fn skeleton(release: Release) -> cpio::Tree {
     tree.char_device("dev/console", 0o600, 5, 1);
     tree.char_device("dev/null", 0o666, 1, 3);
     tree.file("init", 0o755, AGENT_BINARY);
+    tree.file("usr/bin/vfio-nvme", 0o755, VFIO_NVME_BINARY);
     let os_release = format!("ID=debian\nPRETTY_NAME=\"Ringside guest ({release})\"\n");
     for (path, content) in [
         ("etc/group", "root:x:0:\n"),
@@ -385,10 +461,16 @@ mod tests {
     }
 
     #[test]
-    fn releases_have_names() {
+    fn releases_and_images_have_names() {
         for release in Release::ALL {
             assert_eq!(release.to_string().parse::<Release>().unwrap(), release);
         }
+        for name in ImageName::ALL {
+            assert_eq!(name.to_string().parse::<ImageName>().unwrap(), name);
+        }
+        assert_eq!(ImageName::from(Release::Debian12).to_string(), "debian-12");
+        let dpdk = ImageName::parse("debian-13-dpdk").unwrap();
+        assert_eq!((dpdk.release, dpdk.dpdk), (Release::Debian13, true));
         let error = Release::parse("debian-11").unwrap_err().to_string();
         assert!(
             error.contains("debian-11") && error.contains("debian-13"),

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::cpio::Tree;
+use super::dpdk;
 use super::elf::{Elf, Symbol};
 use super::stub;
 use crate::apt::run;
@@ -43,7 +44,7 @@ const LEFT_OUT: [&str; 9] = [
 const LOADED_LATER: [&str; 1] = ["libgcc_s.so.1"];
 
 /// Where the loader looks without a cache (Debian's glibc).
-const LIBRARY_DIR: &str = "usr/lib/x86_64-linux-gnu";
+pub(super) const LIBRARY_DIR: &str = "usr/lib/x86_64-linux-gnu";
 
 /// The packages that hold the programs.
 pub(super) fn packages() -> Vec<&'static str> {
@@ -52,25 +53,32 @@ pub(super) fn packages() -> Vec<&'static str> {
 
 /// Whether a package of the closure has anything that an image could need.
 pub(super) fn is_useful(package: &str) -> bool {
-    package.starts_with("lib")
+    package.starts_with("lib") && !package.ends_with("-dev")
+        || package == "ibverbs-providers"
         || package == "zlib1g"
         || PROGRAMS.iter().any(|(name, _)| *name == package)
 }
 
 /// Puts the programs into `tree`, from packages that were unpacked below `root`.
-pub(super) fn add(tree: &mut Tree, root: &Path) -> Result<()> {
-    let libraries = find_libraries(root)?;
+pub(super) fn add(tree: &mut Tree, root: &Path, with_dpdk: bool) -> Result<()> {
     let mut adder = Adder {
         tree,
-        libraries,
+        libraries: find_libraries(root)?,
         done: BTreeSet::new(),
+        left_out: &[],
     };
+    if with_dpdk {
+        // First: it needs the real ones of some libraries for which fio gets stand-ins.
+        adder.add_program(root, dpdk::PROGRAM)?;
+        for driver in dpdk::drivers(root)? {
+            adder.add_library(&driver.library)?;
+            adder.tree.link(&driver.link, &driver.target());
+        }
+    }
+    adder.left_out = &LEFT_OUT;
     for (_, names) in PROGRAMS {
         for name in names {
-            let path = find_program(root, name)?;
-            let content = read(&path)?;
-            adder.add_needed(name, &content)?;
-            adder.tree.file(&format!("usr/bin/{name}"), 0o755, content);
+            adder.add_program(root, name)?;
         }
     }
     for name in LOADED_LATER {
@@ -139,9 +147,19 @@ struct Adder<'a> {
     tree: &'a mut Tree,
     libraries: BTreeMap<String, PathBuf>,
     done: BTreeSet<String>,
+    /// Libraries that are replaced by stand-ins.
+    left_out: &'static [&'static str],
 }
 
 impl Adder<'_> {
+    /// Adds a program with what it needs.
+    fn add_program(&mut self, root: &Path, name: &str) -> Result<()> {
+        let content = read(&find_program(root, name)?)?;
+        self.add_needed(name, &content)?;
+        self.tree.file(&format!("usr/bin/{name}"), 0o755, content);
+        Ok(())
+    }
+
     /// Adds what a program or library needs, and what that needs.
     fn add_needed(&mut self, name: &str, content: &[u8]) -> Result<()> {
         let elf = Elf::parse(name, content)?;
@@ -153,7 +171,7 @@ impl Adder<'_> {
                 continue;
             }
             let library = self.library(&needed, name)?;
-            let stand_in = match is_left_out(&needed) {
+            let stand_in = match is_one_of(self.left_out, &needed) {
                 true => stand_in(&elf, &needed, &library)?,
                 false => None,
             };
@@ -204,9 +222,9 @@ impl Adder<'_> {
     }
 }
 
-fn is_left_out(soname: &str) -> bool {
+fn is_one_of(libraries: &[&str], soname: &str) -> bool {
     let name = soname.split_once(".so").map_or(soname, |(name, _)| name);
-    LEFT_OUT.contains(&name)
+    libraries.contains(&name)
 }
 
 /// Makes a stand-in with those functions of `library` that the program asks for. `None` if it
@@ -253,6 +271,7 @@ mod tests {
 
     #[test]
     fn only_whole_names_are_left_out() {
+        let is_left_out = |soname| is_one_of(&LEFT_OUT, soname);
         assert!(is_left_out("librbd.so.1") && is_left_out("libpmemblk.so.1"));
         assert!(!is_left_out("libpmem2.so.1") && !is_left_out("libnuma.so.1") && !is_left_out("x"));
     }

@@ -5,10 +5,10 @@ use std::fs;
 use std::io::{self, Write as _};
 
 use guest_images::apt::Freshness;
-use guest_images::{CacheDir, Image, Images, Release, progress};
+use guest_images::{CacheDir, Image, ImageName, Images, progress};
 
 use super::{Done, Failure};
-use crate::config::{BadInput, release};
+use crate::config::{BadInput, image_name};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct ImageArgs {
@@ -20,7 +20,7 @@ pub(super) struct ImageArgs {
 enum ImageCommand {
     /// Build an image, unless it is there
     Build {
-        /// debian-12 (Linux 6.1) or debian-13 (Linux 6.12)
+        /// debian-12 (Linux 6.1) or debian-13 (Linux 6.12); with -dpdk after it, also DPDK's testpmd
         image: String,
 
         /// Build it anew from the archive's newest packages
@@ -45,8 +45,8 @@ enum ImageCommand {
     },
 }
 
-fn parse(image: &str) -> Result<Release, BadInput> {
-    release(image).map_err(|problem| BadInput::new(image, problem))
+fn parse(image: &str) -> Result<ImageName, BadInput> {
+    image_name(image).map_err(|problem| BadInput::new(image, problem))
 }
 
 /// The images of this user's cache folder.
@@ -56,9 +56,9 @@ pub(super) fn images() -> Result<Images, Failure> {
 }
 
 /// The image, built first if need be.
-pub(super) fn ready(release: Release, freshness: Freshness) -> Result<Image, Failure> {
+pub(super) fn ready(name: ImageName, freshness: Freshness) -> Result<Image, Failure> {
     let progress = progress::on_stderr();
-    let image = images()?.build(release, freshness, &*progress);
+    let image = images()?.build(name, freshness, &*progress);
     progress.done();
     image.map_err(Failure::other)
 }
@@ -80,7 +80,7 @@ pub(super) fn main(args: &ImageArgs) -> Done {
                 let _ = writeln!(
                     text,
                     "{}  Linux {}  {} MiB  {}",
-                    image.release,
+                    image.name,
                     image.kernel_release,
                     size(&image) >> 20,
                     image.dir.display()
@@ -115,9 +115,9 @@ pub(super) fn main(args: &ImageArgs) -> Done {
             }
         }
         ImageCommand::Rm { image } => {
-            let release = parse(image)?;
-            if !images()?.remove(release).map_err(Failure::other)? {
-                return Err(not_built(release).into());
+            let name = parse(image)?;
+            if !images()?.remove(name).map_err(Failure::other)? {
+                return Err(not_built(name).into());
             }
         }
     }
@@ -125,15 +125,15 @@ pub(super) fn main(args: &ImageArgs) -> Done {
     Ok(0)
 }
 
-fn built(release: Release) -> Result<Image, Failure> {
-    let image = images()?.open(release).map_err(Failure::other)?;
-    Ok(image.ok_or_else(|| not_built(release))?)
+fn built(name: ImageName) -> Result<Image, Failure> {
+    let image = images()?.open(name).map_err(Failure::other)?;
+    Ok(image.ok_or_else(|| not_built(name))?)
 }
 
-fn not_built(release: Release) -> BadInput {
+fn not_built(name: ImageName) -> BadInput {
     BadInput::new(
-        release.to_string(),
-        format!("there is no such image yet: make it with `ringside image build {release}`"),
+        name.to_string(),
+        format!("there is no such image yet: make it with `ringside image build {name}`"),
     )
 }
 

@@ -133,8 +133,8 @@ pub(super) fn auto() -> Accel {
 /// The files to boot from; an image is built if it is not there.
 pub(super) fn boot(checked: &Checked) -> Result<BootFiles, Failure> {
     let (kernel, initrd, defaults) = match &checked.boot {
-        BootSource::Image(release) => {
-            let image = image::ready(*release, Freshness::Cached)?;
+        BootSource::Image(name) => {
+            let image = image::ready(*name, Freshness::Cached)?;
             // The uncompressed kernel starts sooner; both are the same kernel as shipped.
             let defaults = "console=ttyS0 panic=-1 quiet";
             (image.vmlinux, Some(image.initramfs), defaults)

@@ -10,7 +10,7 @@ use guest_images::Release;
 
 use super::{
     Accel, BadInput, BootSource, Checked, GuestName, Mac, MachineConfig, NamespaceConfig,
-    NetConfig, NvmeConfig, Serial, Size, VsockChoice, VsockConfig, release,
+    NetConfig, NvmeConfig, Serial, Size, VsockChoice, VsockConfig, image_name,
 };
 use crate::machine::{
     MAX_VCPUS, MIN_MEMORY, NamespaceSpec, NetBackendSpec, NetSpec, NvmeSpec, SerialMode, Storage,
@@ -122,10 +122,10 @@ fn boot(config: &MachineConfig) -> Result<BootSource> {
             "--initrd",
             "an image has its own: give --kernel too, or leave --initrd out",
         )),
-        (Some(image), None) => release(image)
+        (Some(image), None) => image_name(image)
             .map(BootSource::Image)
             .map_err(|problem| BadInput::new("--image", problem)),
-        (None, None) => Ok(BootSource::Image(Release::Debian13)),
+        (None, None) => Ok(BootSource::Image(Release::Debian13.into())),
     }
 }
 

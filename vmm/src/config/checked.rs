@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use guest_images::Release;
+use guest_images::ImageName;
 
 use crate::machine::{IommuSpec, MachineSpec, NetSpec, NvmeSpec, OnReboot, SerialMode, VsockSpec};
 
@@ -103,20 +103,21 @@ impl fmt::Display for Mac {
     }
 }
 
-/// The release that an image's name stands for.
+/// An image's name, checked.
 ///
 /// # Errors
 /// It is no image's name; the text says which there are.
-pub fn release(name: &str) -> Result<Release, String> {
-    Release::parse(name)
-        .map_err(|_| format!("`{name}` is not an image: use debian-12 or debian-13"))
+pub fn image_name(name: &str) -> Result<ImageName, String> {
+    ImageName::parse(name).map_err(|_| {
+        format!("`{name}` is not an image: use debian-12 or debian-13, or with -dpdk after it")
+    })
 }
 
 /// What to boot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BootSource {
     /// An image that Ringside builds when it is not there yet.
-    Image(Release),
+    Image(ImageName),
     /// Files of the host.
     Files {
         /// bzImage or ELF with a PVH entry.

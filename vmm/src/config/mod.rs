@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 pub use check::{check, check_spec};
-pub use checked::{Accel, BootFiles, BootSource, Checked, GuestName, Mac, VsockChoice, release};
+pub use checked::{Accel, BootFiles, BootSource, Checked, GuestName, Mac, VsockChoice, image_name};
 pub use device::{NamespaceArg, NamespaceConfig, NetConfig, NvmeConfig, Serial, VsockConfig};
 pub use size::{Size, SizeError};
 pub use vtd::{IommuConfig, IommuKind, IotlbGeometry};
@@ -53,7 +53,7 @@ pub struct MachineConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
 
-    /// Boot an image made from Debian's packages: debian-12 or debian-13 (built when needed)
+    /// Boot an image made from Debian's packages: debian-12 or debian-13, or with -dpdk after it (built when needed)
     ///
     /// This is the default (debian-13) when neither --image nor --kernel is given.
     #[arg(long, value_name = "IMAGE", help_heading = "Boot")]

@@ -22,7 +22,7 @@ use guest_images::{CacheDir, HostTools, progress};
 
 use super::nested::{in_lab, processors};
 use super::{Done, Failure, image, run};
-use crate::config::{Accel, BadInput, Size, release};
+use crate::config::{Accel, BadInput, Size, image_name};
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -58,7 +58,7 @@ const SIZE_MAX: u64 = 16 << 30;
 const LAB_MEMORY: u32 = 2560;
 
 pub(super) fn main(args: &DemoArgs) -> Done {
-    let release = release(&args.image).map_err(|problem| BadInput::new("--image", problem))?;
+    let image = image_name(&args.image).map_err(|problem| BadInput::new("--image", problem))?;
     if let Some(size) = args.size
         && (!(SIZE_MIN..=SIZE_MAX).contains(&size.get()) || !size.get().is_multiple_of(SIZE_MIN))
     {
@@ -78,7 +78,7 @@ pub(super) fn main(args: &DemoArgs) -> Done {
         });
     }
     // Everything that takes long or needs the network happens before the guest and out here.
-    image::ready(release, Freshness::Cached)?;
+    image::ready(image, Freshness::Cached)?;
     let cache = CacheDir::discover().map_err(Failure::other)?;
     let tools = HostTools::prepare(&cache, &*progress::on_stderr()).map_err(Failure::other)?;
     let tools = tools.root();

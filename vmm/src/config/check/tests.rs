@@ -11,7 +11,7 @@ fn problem(toml: &str) -> String {
 #[test]
 fn nothing_given_is_a_small_debian_13() {
     let spec = check(&MachineConfig::default()).unwrap();
-    assert_eq!(spec.boot, BootSource::Image(Release::Debian13));
+    assert_eq!(spec.boot, BootSource::Image(Release::Debian13.into()));
     assert_eq!((spec.vcpus, spec.memory), (1, 512 << 20));
     assert_eq!(spec.name.as_str(), format!("guest-{}", std::process::id()));
     assert_eq!(
@@ -60,7 +60,7 @@ fn bad_input() {
         ),
         (
             "image = \"debian-11\"",
-            "--image: `debian-11` is not an image: use debian-12 or debian-13",
+            "--image: `debian-11` is not an image: use debian-12 or debian-13, or with -dpdk after it",
         ),
         (
             "image = \"debian-12\"\nkernel = \"k\"",
