@@ -2,7 +2,9 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
+use super::limit::Limit;
 use super::spec::registers::event::{ADDR, DATA, IM, IP};
 use crate::{MsiLine, MsiMessage, MsiSink, SourceId};
 
@@ -23,6 +25,7 @@ pub(super) struct Event {
     data: u32,
     address: u32,
     upper_address: u32,
+    log: Limit,
 }
 
 impl Event {
@@ -37,6 +40,7 @@ impl Event {
             data: 0,
             address: 0,
             upper_address: 0,
+            log: Limit::default(),
         })
     }
 
@@ -95,7 +99,9 @@ impl Event {
         };
         if self.route != Some(message) {
             if let Err(error) = self.line.retarget(message) {
-                tracing::warn!(%error, "VT-d: the host has no route for the unit's own interrupt");
+                if let Some(dropped) = self.log.allow(Instant::now()) {
+                    tracing::warn!(dropped, %error, "VT-d: no route for the unit's own interrupt");
+                }
                 return;
             }
             self.route = Some(message);

@@ -1,6 +1,7 @@
 //! The unit from outside: registers, memory and interrupts, as its driver sees them.
 #![allow(clippy::cast_possible_truncation)]
 
+mod dma;
 mod faults;
 mod interrupts;
 mod queue;
