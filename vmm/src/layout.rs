@@ -25,6 +25,16 @@ pub const PVH_START_INFO: u64 = 0x6000;
 pub const PVH_MODULES: u64 = 0x6080;
 /// Memory map (PVH).
 pub const PVH_MEMORY_MAP: u64 = 0x6100;
+/// Multiboot information; a machine boots by one protocol, so the place is PVH's.
+pub const MULTIBOOT_INFO: u64 = 0x6000;
+/// Module list (multiboot).
+pub const MULTIBOOT_MODULES: u64 = 0x6080;
+/// Memory map (multiboot).
+pub const MULTIBOOT_MEMORY_MAP: u64 = 0x6100;
+/// The loader's name (multiboot).
+pub const MULTIBOOT_LOADER_NAME: u64 = 0x6300;
+/// The module's name (multiboot), at most 255 bytes and a zero.
+pub const MULTIBOOT_MODULE_NAME: u64 = 0x6400;
 /// `boot_params` (64-bit boot protocol), one page.
 pub const ZERO_PAGE: u64 = 0x7000;
 /// Top of the boot stack; grows down towards the zero page's end.
@@ -97,6 +107,10 @@ pub const RTC: Range<u16> = 0x70..0x72;
 pub const KEYBOARD_COMMAND: u16 = 0x64;
 /// pvpanic's port, where QEMU has it.
 pub const PVPANIC: u16 = 0x505;
+/// QEMU's isa-debug-exit, where test kernels look for it (only with test ports).
+pub const DEBUG_EXIT: Range<u16> = 0xf4..0xf8;
+/// Selector and data port of QEMU's fw_cfg (only with test ports).
+pub const FW_CFG: Range<u16> = 0x510..0x512;
 /// ACPI sleep control register (hardware-reduced).
 pub const SLEEP_CONTROL: u16 = 0x600;
 /// ACPI sleep status register (hardware-reduced).

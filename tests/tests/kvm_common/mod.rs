@@ -18,6 +18,11 @@ pub fn elf() -> PathBuf {
     PathBuf::from(env!("BARE_GUEST"))
 }
 
+/// The test kernel (`tests/bare/multiboot`), a 32-bit ELF file with a multiboot header.
+pub fn multiboot_elf() -> PathBuf {
+    PathBuf::from(env!("MULTIBOOT_GUEST"))
+}
+
 /// The guest's only segment: (load address, bytes).
 fn segment() -> (u64, Vec<u8>) {
     let file = fs::read(elf()).unwrap();
@@ -89,6 +94,7 @@ impl Bare {
             vsock: None,
             serial: SerialMode::File(folder.path().join("serial")),
             on_reboot: OnReboot::Exit,
+            test_ports: false,
             trace_boot: false,
         };
         Some(Bare { spec, folder })

@@ -1,10 +1,19 @@
 //! Putting a kernel, its command line and its initial RAM disk into guest memory.
 //!
-//! The kernel's format is told by its content: an ELF file with a PVH note is entered in 32-bit
-//! mode with an `hvm_start_info` (Xen's x86/HVM direct boot ABI); a bzImage is entered in 64-bit mode
-//! with `boot_params` (Linux Documentation/arch/x86/boot.rst, "64-bit boot protocol").
+//! The kernel's format is told by its content. The first of these that fits is taken, so that a Linux
+//! kernel which another loader would start by multiboot is started as Linux wants it:
+//!
+//! 1. An ELF file with a PVH note is entered in 32-bit mode with an `hvm_start_info` (Xen's x86/HVM
+//!    direct boot ABI).
+//! 2. A bzImage is entered in 64-bit mode with `boot_params` (Linux Documentation/arch/x86/boot.rst,
+//!    "64-bit boot protocol").
+//! 3. An ELF file, or any file with address fields, that has a multiboot header is entered in 32-bit
+//!    mode with the multiboot information (Multiboot Specification 0.6.96).
 
 mod bzimage;
+mod elf;
+pub mod firmware;
+mod multiboot;
 mod pvh;
 mod reset_vector;
 
@@ -20,10 +29,13 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::layout;
 use crate::memory;
 
+pub use elf::ElfError;
+pub use multiboot::LOADER_MAGIC as MULTIBOOT_MAGIC;
+
 /// What to boot.
 #[derive(Clone, Copy, Debug)]
 pub struct BootFiles<'a> {
-    /// bzImage or ELF.
+    /// bzImage, ELF with a PVH note, or multiboot.
     pub kernel: &'a Path,
     /// Initial RAM disk.
     pub initrd: Option<&'a Path>,
@@ -44,6 +56,12 @@ pub enum Entry {
         /// Entry point.
         eip: u64,
     },
+    /// 32-bit protected mode without paging; EAX holds [`MULTIBOOT_MAGIC`] and EBX the address of
+    /// the multiboot information. Such kernels take it that a firmware has set up PCI.
+    Multiboot {
+        /// Entry point.
+        eip: u32,
+    },
 }
 
 /// Why nothing could be booted.
@@ -53,11 +71,17 @@ pub enum BootError {
     #[error("{}: {}", .0.display(), .1)]
     Read(PathBuf, io::Error),
     /// The file is something else.
-    #[error("{}: not a kernel: it is neither a bzImage nor an ELF file{}", .0.display(), .1)]
+    #[error(
+        "{}: not a kernel: it is neither a bzImage nor an ELF file and has no multiboot header{}",
+        .0.display(), .1
+    )]
     NotAKernel(PathBuf, &'static str),
     /// A kernel that this machine cannot start.
     #[error("{}: {}", .0.display(), .1)]
     Unsupported(PathBuf, &'static str),
+    /// A multiboot kernel whose ELF headers are damaged or for another machine.
+    #[error("{}: {}", .0.display(), .1)]
+    Elf(PathBuf, ElfError),
     /// A kernel that is damaged.
     #[error("{}: {}", .0.display(), .1)]
     Load(PathBuf, linux_loader::loader::Error),
@@ -97,23 +121,63 @@ pub fn load(
     rsdp: u64,
 ) -> Result<Entry, BootError> {
     let path = files.kernel;
-    let read = |e| BootError::Read(path.to_owned(), e);
-    let mut kernel = File::open(path).map_err(read)?;
-    let mut head = Vec::new();
-    kernel
-        .by_ref()
-        .take(0x206)
-        .read_to_end(&mut head)
-        .map_err(read)?;
-    kernel.seek(SeekFrom::Start(0)).map_err(read)?;
+    let mut kernel = File::open(path).map_err(|e| BootError::Read(path.to_owned(), e))?;
     reset_vector::write(ram).map_err(|_| BootError::Memory)?;
-    if head.starts_with(b"\x7fELF") {
-        pvh::load(ram, memory, files, &mut kernel, rsdp)
-    } else if head.get(0x202..0x206) == Some(b"HdrS") {
-        bzimage::load(ram, memory, files, &mut kernel, rsdp)
-    } else {
-        Err(BootError::NotAKernel(path.to_owned(), guess(&head)))
+    match format(&mut kernel, path)? {
+        Format::Pvh => pvh::load(ram, memory, files, &mut kernel, rsdp),
+        Format::BzImage => bzimage::load(ram, memory, files, &mut kernel, rsdp),
+        Format::Multiboot { header, file } => multiboot::load(ram, memory, files, &file, &header),
     }
+}
+
+/// Whether [`load`] would start this kernel by multiboot, which means that it is not Linux. A file
+/// that cannot be read is none.
+pub fn is_multiboot(kernel: &Path) -> bool {
+    File::open(kernel).is_ok_and(|mut file| {
+        matches!(
+            format(&mut file, kernel),
+            Ok(Format::Multiboot { .. }) | Err(BootError::Elf(..))
+        )
+    })
+}
+
+enum Format {
+    BzImage,
+    Pvh,
+    Multiboot {
+        header: multiboot::Header,
+        /// All of it.
+        file: Vec<u8>,
+    },
+}
+
+/// Tells the kernel's format; leaves the file at its start.
+fn format(kernel: &mut File, path: &Path) -> Result<Format, BootError> {
+    let read = |e| BootError::Read(path.to_owned(), e);
+    let mut head = Vec::new();
+    let limit = u64::try_from(multiboot::HEADER_SEARCH).unwrap_or(u64::MAX);
+    kernel.take(limit).read_to_end(&mut head).map_err(read)?;
+    let is_elf = head.starts_with(b"\x7fELF");
+    let multiboot = multiboot::Header::find(&head);
+    let format = if is_elf && multiboot.is_none() {
+        Format::Pvh
+    } else if !is_elf && head.get(0x202..0x206) == Some(b"HdrS") {
+        Format::BzImage
+    } else if let Some(header) = multiboot.filter(|header| is_elf || header.stands_alone()) {
+        let file = multiboot::read(kernel, path)?;
+        // A file with address fields need not be proper ELF.
+        match elf::Image::parse(&file) {
+            Ok(elf) if elf.pvh => Format::Pvh,
+            Err(error) if !header.stands_alone() => {
+                return Err(BootError::Elf(path.to_owned(), error));
+            }
+            _ => Format::Multiboot { header, file },
+        }
+    } else {
+        return Err(BootError::NotAKernel(path.to_owned(), guess(&head)));
+    };
+    kernel.seek(SeekFrom::Start(0)).map_err(read)?;
+    Ok(format)
 }
 
 /// A hint on what a file is that is not a kernel.

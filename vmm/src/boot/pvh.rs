@@ -46,7 +46,7 @@ pub(super) fn load(
     let PvhBootCapability::PvhEntryPresent(eip) = loaded.pvh_boot_cap else {
         return Err(BootError::Unsupported(
             path(),
-            "the ELF file has no PVH entry (a kernel needs CONFIG_PVH=y)",
+            "the ELF file has no PVH entry (Linux needs CONFIG_PVH=y) and no multiboot header",
         ));
     };
     write_command_line(ram, files.cmdline, COMMAND_LINE_LIMIT)?;

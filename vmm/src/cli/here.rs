@@ -24,8 +24,12 @@ pub(super) fn run(checked: &Checked, boot: &BootFiles, control: &Path, vsock: &P
     })?;
     let reason = machine.run().map_err(failure)?;
     drop(server);
-    if let ExitReason::Error(text) = &reason {
-        super::complain(text);
+    match &reason {
+        ExitReason::Error(text) => super::complain(text),
+        ExitReason::DebugExit(result) => {
+            super::complain(&format!("the test kernel ended with {result}"));
+        }
+        _ => {}
     }
     Ok(reason.code())
 }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use guest_images::apt::Freshness;
 
 use super::{Done, Failure, here, image, nested};
+use crate::boot::is_multiboot;
 use crate::config::{
     Accel, BadInput, BootFiles, BootSource, Checked, MachineConfig, check, check_spec,
 };
@@ -20,6 +21,7 @@ Examples:
   ringside run --name lab --vcpus 2 --memory 1G --nvme disk.img --net tap=tap0,pairs=2
   ringside run --kernel bzImage --initrd initrd.img --cmdline 'root=/dev/nvme0n1' --nvme root.img
   ringside run --nvme path=a.img,direct,serial=A --namespace nvme=0,memory=64M --nvme null=1T
+  ringside run --accel kvm --kernel tests.elf --test-ports
   ringside run --vcpus 4 --nvme disk.img --print-config > lab.toml; ringside run --config lab.toml
 
 A TOML file has the same names as the flags; [[nvme]], [[nvme.namespace]] and [[net]] are tables, \
@@ -27,10 +29,11 @@ A TOML file has the same names as the flags; [[nvme]], [[nvme.namespace]] and [[
 by flags are added to the file's.
 
 The kernel's command line is `console=ttyS0 panic=-1` (and `quiet` for an image) and what --cmdline \
-appends; a parameter that --cmdline sets itself is not set before it.
+appends; a parameter that --cmdline sets itself is not set before it. A multiboot kernel's is its file \
+name and what --cmdline says.
 
 Exit codes: 0 power-off, 1 error of the host, 2 bad input, 10 reboot, 11 kernel panic, 12 the guest's \
-CPU or KVM failed, 13 killed.")]
+CPU or KVM failed, 13 killed, 128 to 255 a test kernel's result (--test-ports).")]
 pub(super) struct RunArgs {
     /// Read a TOML file first
     #[arg(long, value_name = "FILE")]
@@ -140,7 +143,13 @@ pub(super) fn boot(checked: &Checked) -> Result<BootFiles, Failure> {
             (image.vmlinux, Some(image.initramfs), defaults)
         }
         BootSource::Files { kernel, initrd } => {
-            (kernel.clone(), initrd.clone(), "console=ttyS0 panic=-1")
+            // Only Linux knows these.
+            let defaults = if is_multiboot(kernel) {
+                ""
+            } else {
+                "console=ttyS0 panic=-1"
+            };
+            (kernel.clone(), initrd.clone(), defaults)
         }
     };
     Ok(BootFiles {

@@ -102,6 +102,7 @@ pub fn check_spec(config: &MachineConfig) -> Result<Checked> {
             .map_or(SerialMode::Stdio, |Serial(mode)| mode),
         control,
         on_reboot: config.on_reboot.unwrap_or_default(),
+        test_ports: config.test_ports.unwrap_or(false),
         accel: config.accel.unwrap_or_default(),
         trace_boot: config.trace_boot.unwrap_or(false),
         name,

@@ -120,7 +120,7 @@ pub enum BootSource {
     Image(ImageName),
     /// Files of the host.
     Files {
-        /// bzImage or ELF with a PVH entry.
+        /// bzImage, ELF with a PVH entry, or multiboot.
         kernel: PathBuf,
         /// Initial RAM file system.
         initrd: Option<PathBuf>,
@@ -130,7 +130,7 @@ pub enum BootSource {
 /// The files to boot from, once an image has been built or found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BootFiles {
-    /// bzImage or ELF with a PVH entry.
+    /// bzImage, ELF with a PVH entry, or multiboot.
     pub kernel: PathBuf,
     /// Initial RAM file system.
     pub initrd: Option<PathBuf>,
@@ -189,6 +189,8 @@ pub struct Checked {
     pub control: Option<PathBuf>,
     /// What a reset does.
     pub on_reboot: OnReboot,
+    /// Ports for test kernels.
+    pub test_ports: bool,
     /// Which KVM.
     pub accel: Accel,
     /// Print the times of the steps of the start.
@@ -224,6 +226,7 @@ impl Checked {
             }),
             serial: self.serial.clone(),
             on_reboot: self.on_reboot,
+            test_ports: self.test_ports,
             trace_boot: self.trace_boot,
         }
     }

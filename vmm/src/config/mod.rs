@@ -60,12 +60,14 @@ pub struct MachineConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image: Option<String>,
 
-    /// Boot this kernel: a bzImage, or an ELF file with a PVH entry point
+    /// Boot this kernel: a bzImage, an ELF file with a PVH entry point, or a multiboot (version 1) file
+    ///
+    /// A file that is several of these is taken as the first.
     #[arg(long, value_name = "FILE", help_heading = "Boot")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kernel: Option<PathBuf>,
 
-    /// Initial RAM file system for --kernel
+    /// Initial RAM file system for --kernel; multiboot kernels get it as their module
     #[arg(long, value_name = "FILE", help_heading = "Boot")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub initrd: Option<PathBuf>,
@@ -106,6 +108,14 @@ pub struct MachineConfig {
     #[arg(long, value_name = "WHERE", help_heading = "Machine")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial: Option<Serial>,
+
+    /// Ports for test kernels such as kvm-unit-tests': debug exit (0xf4) and fw_cfg (0x510)
+    ///
+    /// What the guest writes to the debug-exit port ends it; the exit code is 128 plus the low seven
+    /// bits (128: success, by these kernels' convention).
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL", hide_possible_values = true, help_heading = "Machine")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub test_ports: Option<bool>,
 
     /// Control socket [default: `control` in the guest's runtime folder]
     #[arg(long, value_name = "PATH", help_heading = "Machine")]
@@ -217,6 +227,7 @@ impl MachineConfig {
             memory: flags.memory.or(file.memory),
             accel: flags.accel.or(file.accel),
             on_reboot: flags.on_reboot.or(file.on_reboot),
+            test_ports: flags.test_ports.or(file.test_ports),
             serial: flags.serial.or(file.serial),
             control: flags.control.or(file.control),
             trace_boot: flags.trace_boot.or(file.trace_boot),
@@ -278,6 +289,7 @@ mod tests {
             memory = "3G"
             accel = "nested"
             on-reboot = "restart"
+            test-ports = true
             serial = "file:/tmp/serial.log"
             control = "/tmp/c"
             trace-boot = true

@@ -5,7 +5,7 @@ use kvm_bindings::{kvm_dtable, kvm_fpu, kvm_lapic_state, kvm_regs, kvm_segment, 
 use kvm_ioctls::{Error, VcpuFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
-use crate::boot::Entry;
+use crate::boot::{Entry, MULTIBOOT_MAGIC};
 use crate::layout;
 
 const CR0_PE: u64 = 1;
@@ -87,6 +87,11 @@ pub fn enter(vcpu: &VcpuFd, ram: &GuestRam, entry: Entry) -> Result<(), StateErr
         Entry::Pvh { eip } => {
             regs.rip = eip;
             regs.rbx = layout::PVH_START_INFO;
+        }
+        Entry::Multiboot { eip } => {
+            regs.rip = eip.into();
+            regs.rax = MULTIBOOT_MAGIC.into();
+            regs.rbx = layout::MULTIBOOT_INFO;
         }
     }
     vcpu.set_regs(&regs)

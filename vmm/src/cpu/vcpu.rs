@@ -25,6 +25,8 @@ pub enum Request {
     Reset,
     /// Its kernel panicked.
     Panic,
+    /// A test kernel is done, with this result.
+    DebugExit(u32),
 }
 
 /// What a vCPU's accesses outside RAM reach.

@@ -14,13 +14,13 @@ use super::stats::Sources;
 use super::trace::BootTrace;
 use super::{ExitReason, MachineError, MachineSpec};
 use crate::acpi::{self, AcpiConfig};
-use crate::boot::{self, BootFiles};
+use crate::boot::{self, BootFiles, Entry, firmware};
 use crate::cpu::{CpuidTemplate, GuestBus, Outcome, Request, Vcpu, VcpuThread};
 use crate::ioapic::IoApic;
 use crate::kvm::{Host, KvmIoEvents, KvmMsiSink, KvmStats};
 use crate::layout;
 use crate::memory;
-use crate::platform::{PanicWatch, Platform, Serial};
+use crate::platform::{PanicWatch, Platform, Serial, TestPorts};
 
 /// A machine that is ready to run.
 pub(super) struct Board {
@@ -88,6 +88,9 @@ impl Board {
             cmdline: &spec.cmdline,
         };
         let entry = boot::load(&ram, spec.memory, &files, rsdp)?;
+        if matches!(entry, Entry::Multiboot { .. }) {
+            firmware::set_up(&root);
+        }
         trace.step("kernel loaded");
 
         let vcpus = (0..spec.vcpus)
@@ -97,12 +100,15 @@ impl Board {
             first.boot(&ram, entry)?;
         }
         trace.step("vCPUs made");
+        let test = spec
+            .test_ports
+            .then(|| TestPorts::new(spec.memory, spec.vcpus));
         Ok(Board {
             vcpus,
             bus: Arc::new(MachineBus {
                 ioapic,
                 root,
-                platform: Platform::new(Arc::clone(&serial), panic),
+                platform: Platform::new(Arc::clone(&serial), panic, test),
             }),
             serial,
             devices,
@@ -144,6 +150,7 @@ impl Board {
                     Outcome::Requested(Request::PowerOff) => ExitReason::PowerOff,
                     Outcome::Requested(Request::Reset) => ExitReason::Reboot,
                     Outcome::Requested(Request::Panic) => ExitReason::Panic,
+                    Outcome::Requested(Request::DebugExit(result)) => ExitReason::DebugExit(result),
                     Outcome::Failed(text) => ExitReason::Error(text),
                 });
             };

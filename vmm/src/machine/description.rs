@@ -13,7 +13,7 @@ pub const MIN_MEMORY: u64 = 16 << 20;
 pub struct MachineSpec {
     /// The machine's name, for messages.
     pub name: String,
-    /// bzImage or ELF with a PVH note.
+    /// bzImage, ELF with a PVH note, or multiboot.
     pub kernel: PathBuf,
     /// Initial RAM disk.
     pub initrd: Option<PathBuf>,
@@ -35,6 +35,8 @@ pub struct MachineSpec {
     pub serial: SerialMode,
     /// What a guest's reset request does.
     pub on_reboot: OnReboot,
+    /// The ports that test kernels end through and learn about the machine from.
+    pub test_ports: bool,
     /// Print the times of the steps from start to the first exit of the guest.
     pub trace_boot: bool,
 }
@@ -209,6 +211,8 @@ pub enum ExitReason {
     Reboot,
     /// The guest's kernel panicked.
     Panic,
+    /// A test kernel is done, with this result (only with [`MachineSpec::test_ports`]).
+    DebugExit(u32),
     /// The user ended it: the terminal escape, a signal or the control socket.
     Killed,
     /// The guest or KVM failed in a way that it cannot go on from; the text says how and holds the
@@ -218,9 +222,11 @@ pub enum ExitReason {
 
 impl ExitReason {
     /// The process's exit status for this reason. 0 is power-off; 1 and 2 are left to errors before
-    /// the machine ran (2: bad configuration).
+    /// the machine ran (2: bad configuration). A test kernel's result is 128 plus its low seven bits,
+    /// so that it is none of the others.
     pub fn code(&self) -> u8 {
         match self {
+            ExitReason::DebugExit(result) => 0x80 | result.to_le_bytes()[0],
             ExitReason::PowerOff => 0,
             ExitReason::Reboot => 10,
             ExitReason::Panic => 11,

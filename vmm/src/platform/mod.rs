@@ -3,6 +3,7 @@
 mod panic_watch;
 mod rtc;
 mod serial;
+mod test_ports;
 
 use std::sync::Arc;
 
@@ -12,6 +13,7 @@ use crate::layout;
 
 pub use panic_watch::PanicWatch;
 pub use serial::Serial;
+pub use test_ports::TestPorts;
 
 /// ACPI sleep control register (ACPI 6.5, 4.8.3.7): the write bit and the type field.
 const SLEEP_ENABLE: u8 = 1 << 5;
@@ -32,15 +34,18 @@ pub struct Platform {
     serial: Arc<Serial>,
     rtc: rtc::Rtc,
     panic: Arc<PanicWatch>,
+    test: Option<TestPorts>,
 }
 
 impl Platform {
-    /// With COM1 as given. `panic` watches what the guest prints there.
-    pub fn new(serial: Arc<Serial>, panic: Arc<PanicWatch>) -> Platform {
+    /// With COM1 as given. `panic` watches what the guest prints there; `test` are the ports for
+    /// test kernels, if the machine has them.
+    pub fn new(serial: Arc<Serial>, panic: Arc<PanicWatch>, test: Option<TestPorts>) -> Platform {
         Platform {
             serial,
             rtc: rtc::Rtc::default(),
             panic,
+            test,
         }
     }
 
@@ -62,7 +67,11 @@ impl Platform {
             | layout::SLEEP_CONTROL
             | layout::SLEEP_STATUS
             | layout::RESET_CONTROL => *first = 0,
-            _ => {}
+            port => {
+                if let Some(value) = self.test.as_ref().and_then(|test| test.read(port)) {
+                    *first = value;
+                }
+            }
         }
     }
 
@@ -87,7 +96,7 @@ impl Platform {
             }
             layout::RESET_CONTROL if value & RESET_CPU != 0 => Some(self.reset()),
             layout::KEYBOARD_COMMAND if value == PULSE_RESET => Some(self.reset()),
-            _ => None,
+            port => self.test.as_ref()?.write(port, data),
         }
     }
 
@@ -130,7 +139,7 @@ mod tests {
             Arc::clone(&panic),
         )
         .unwrap();
-        Platform::new(Arc::new(serial), panic)
+        Platform::new(Arc::new(serial), panic, None)
     }
 
     #[test]
@@ -147,6 +156,7 @@ mod tests {
             (0x505, 0x01, Some(Request::Panic)),
             (0x505, 0x02, None),
             (0x80, 0xff, None),
+            (0xf4, 0x00, None),
         ] {
             assert_eq!(platform.write(port, &[value]), request, "{port:#x}");
         }
@@ -168,6 +178,19 @@ mod tests {
         let text = b"---[ end Kernel panic - not syncing: VFS ]---\n";
         let last = text.iter().map(|b| platform.write(0x3f8, &[*b])).last();
         assert_eq!(last, Some(Some(Request::Panic)));
+    }
+
+    #[test]
+    fn test_ports_are_there_on_request() {
+        let mut platform = platform();
+        let mut data = [0];
+        platform.read(0x511, &mut data);
+        assert_eq!(data, [0xff]);
+        platform.test = Some(TestPorts::new(1 << 20, 1));
+        platform.read(0x511, &mut data);
+        assert_eq!(data, *b"Q");
+        assert_eq!(platform.write(0xf4, &[3]), Some(Request::DebugExit(3)));
+        assert_eq!(platform.write(0x600, &[0x34]), Some(Request::PowerOff));
     }
 
     #[test]
