@@ -2,6 +2,7 @@
 #![allow(clippy::cast_possible_truncation)]
 
 mod dma;
+mod drains;
 mod faults;
 mod interrupts;
 mod queue;

@@ -50,7 +50,7 @@ fn replay(bench: &Bench, text: &str) {
     }
 }
 
-/// Linux's start-up, as its driver's source has it.
+/// Linux's start-up and reboot in scalable mode, as its driver's source has it.
 #[test]
 fn linux_start_up() {
     let bench = Bench::new(Options::default());
@@ -62,9 +62,36 @@ fn linux_start_up() {
             Invalidation::Contexts,
             Invalidation::Translations,
             Invalidation::Everything,
+            Invalidation::Everything,
         ]
     );
     let counters = bench.unit.counters();
-    assert_eq!((counters.waits, counters.queued.interrupt), (4, 1));
+    assert_eq!((counters.waits, counters.queued.interrupt), (5, 2));
     assert_eq!((counters.faults, counters.queue_errors), (0, 0));
+}
+
+/// The same for a unit of the first generation.
+#[test]
+fn linux_start_up_legacy() {
+    let bench = Bench::new(Options {
+        scalable: false,
+        interrupt_remapping: false,
+        ..Options::default()
+    });
+    replay(&bench, include_str!("linux-startup-legacy.txt"));
+    assert_eq!(
+        bench.spaces.take(),
+        [
+            Invalidation::Contexts,
+            Invalidation::Translations,
+            Invalidation::Everything,
+            Invalidation::PageTranslations {
+                domain: 3,
+                start: crate::Iova(0xffff_0000),
+                last: crate::Iova(0xffff_ffff),
+            },
+        ]
+    );
+    let counters = bench.unit.counters();
+    assert_eq!((counters.waits, counters.queue_errors), (3, 0));
 }
