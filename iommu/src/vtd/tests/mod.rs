@@ -124,7 +124,11 @@ struct Bench {
 
 impl Bench {
     fn new(options: Options) -> Bench {
-        let ram = GuestRam::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap();
+        Bench::with_ram(options, &[(GuestAddress(0), RAM as usize)])
+    }
+
+    fn with_ram(options: Options, ranges: &[(GuestAddress, usize)]) -> Bench {
+        let ram = GuestRam::from_ranges(ranges).unwrap();
         let spaces = Arc::new(Spaces::default());
         let host = Arc::new(Host::default());
         let unit = Unit::with(

@@ -11,6 +11,10 @@
 
 use super::*;
 
+/// Memory as large as that of a guest whose accesses were recorded; nearly all of it is never touched.
+const RANGES: [(GuestAddress, usize); 2] =
+    [(GuestAddress(0), 3 << 30), (GuestAddress(4 << 30), 5 << 30)];
+
 fn value(data: &[u8]) -> u64 {
     let mut bytes = [0; 8];
     bytes[..data.len()].copy_from_slice(data);
@@ -53,7 +57,7 @@ fn replay(bench: &Bench, text: &str) {
 /// Linux's start-up and reboot in scalable mode, as its driver's source has it.
 #[test]
 fn linux_start_up() {
-    let bench = Bench::new(Options::default());
+    let bench = Bench::with_ram(Options::default(), &RANGES);
     replay(&bench, include_str!("linux-startup.txt"));
     assert_eq!(
         bench.spaces.take(),
@@ -73,11 +77,12 @@ fn linux_start_up() {
 /// The same for a unit of the first generation.
 #[test]
 fn linux_start_up_legacy() {
-    let bench = Bench::new(Options {
+    let options = Options {
         scalable: false,
         interrupt_remapping: false,
         ..Options::default()
-    });
+    };
+    let bench = Bench::with_ram(options, &RANGES);
     replay(&bench, include_str!("linux-startup-legacy.txt"));
     assert_eq!(
         bench.spaces.take(),
