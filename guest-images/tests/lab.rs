@@ -47,7 +47,7 @@ fn run_entry() {
     let command = LabCommand::new(["sh".as_ref(), "-c".as_ref(), script.as_os_str()]).unwrap();
     let cache = CacheDir::discover().unwrap();
     let code = match run(spec, command, &cache, &*progress::on_stderr()) {
-        Ok(exit) => exit.code(),
+        Ok(finished) => finished.exit.code(),
         Err(error) => {
             eprintln!("{error}");
             error.code()
@@ -156,7 +156,7 @@ fn a_host_for_virtual_machines(session: &Session) {
     );
     assert_eq!(
         output(session, "cat /sys/module/kvm_amd/parameters/npt; nproc"),
-        "Y\n2\n"
+        "Y\n1\n"
     );
     let hostname = rustix::system::uname()
         .nodename()
@@ -320,10 +320,11 @@ fn signals_and_statuses(session: &Session) {
         session.command(shell("exit 77")).unwrap().exit,
         Exit::Code(77)
     );
-    assert_eq!(
-        session.command(shell("kill -SEGV $$")).unwrap().exit,
-        Exit::Signal(11)
-    );
+    let killed = session
+        .command(shell("echo why > /dev/kmsg; kill -SEGV $$"))
+        .unwrap();
+    assert_eq!(killed.exit, Exit::Signal(11));
+    assert!(killed.log.contains("why"), "{}", killed.log);
     let (read, write) = rustix::pipe::pipe().unwrap();
     let mut command = shell("trap 'exit 42' INT; echo ready; while :; do sleep 0.1; done");
     command.stdout = Output::File(write);
@@ -343,6 +344,7 @@ fn a_panic_inside_is_an_error_with_the_last_messages() {
     };
     assert!(how.contains("ended unexpectedly"), "{how}");
     assert!(log.contains("Kernel panic"), "{log}");
+    assert!(session.log().contains("Kernel panic"), "{}", session.log());
 }
 
 #[test]

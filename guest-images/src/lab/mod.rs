@@ -29,8 +29,10 @@
 //! command alone, not its children (keys on a terminal reach the terminal's foreground group).
 
 mod image;
+mod log;
 mod mux;
 mod outside;
+mod pulse;
 mod qemu;
 mod reactor;
 mod relay;
@@ -43,10 +45,13 @@ mod wire;
 mod socketpair_tests;
 
 use std::ffi::{OsStr, OsString};
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
+use std::process::ExitStatus;
 
 use serde::{Deserialize, Serialize};
 
@@ -76,6 +81,12 @@ pub struct LabSpec {
     /// Disk images.
     pub disks: Vec<LabDisk>,
     /// Processors, 1 to 255.
+    ///
+    /// More than one makes nested hosts fail: QEMU drops what it translated from code that one
+    /// processor overwrites just before the store, so another processor can translate the old bytes
+    /// again and run them ever after. Linux rewrites its code while it runs (static keys; KVM flips
+    /// some whenever a machine starts, a guest with several processors does it as well). A breakpoint
+    /// that is left over panics the kernel, a left-over jump makes a guest stand still.
     pub cpus: u8,
     /// Memory in MiB. The nested host itself needs about 400.
     pub memory_mib: u32,
@@ -84,7 +95,7 @@ pub struct LabSpec {
 }
 
 impl LabSpec {
-    /// A nested host with two processors and 2 GiB of memory that runs this process's executable
+    /// A nested host with one processor and 2 GiB of memory that runs this process's executable
     /// as the relay.
     ///
     /// # Errors
@@ -97,7 +108,7 @@ impl LabSpec {
             },
             writable_dirs: Vec::new(),
             disks: Vec::new(),
-            cpus: 2,
+            cpus: 1,
             memory_mib: 2048,
             options: LabOptions::default(),
         })
@@ -238,6 +249,18 @@ impl Exit {
     }
 }
 
+impl fmt::Display for Exit {
+    /// As the standard library shows a process's end, for example `signal: 11 (SIGSEGV)`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // wait(2): the status is in the second byte, a signal's number in the first.
+        let raw = match self {
+            Self::Code(code) => i32::from(*code) << 8,
+            Self::Signal(signal) => signal & 0x7f,
+        };
+        ExitStatus::from_raw(raw).fmt(f)
+    }
+}
+
 /// Why a nested host, or a command in it, gave no exit status.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -255,7 +278,7 @@ pub enum LabError {
     },
     /// The nested host ended, or never came up. The log is the end of what its kernel and QEMU
     /// said, one line each, and may be empty.
-    #[error("the nested host {how}{}", show_log(.log))]
+    #[error("the nested host {how}{}", last_messages(.log))]
     HostDied {
         /// How it ended.
         how: String,
@@ -303,7 +326,8 @@ impl LabError {
     }
 }
 
-fn show_log(log: &str) -> String {
+/// What follows a sentence about a nested host: its last lines, indented, if there are any.
+pub fn last_messages(log: &str) -> String {
     if log.is_empty() {
         String::new()
     } else {
@@ -319,6 +343,8 @@ mod tests {
     fn shells_exit_codes() {
         assert_eq!(Exit::Code(3).code(), 3);
         assert_eq!(Exit::Signal(2).code(), 130);
+        assert_eq!(Exit::Code(3).to_string(), "exit status: 3");
+        assert_eq!(Exit::Signal(11).to_string(), "signal: 11 (SIGSEGV)");
         assert!(Exit::Code(0).is_success());
         assert!(!Exit::Signal(0).is_success());
         assert_eq!(LabError::Interrupted(15).code(), 143);

@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::time::{Duration, Instant};
 
+use super::log::SharedLog;
 use super::mux::{Event, Mux};
+use super::pulse::{self, Beat, Pulse};
 use super::qemu::{Killer, Qemu};
 use super::sockets::{self, Connecting, FolderWatch, Published};
 use super::wire::{
@@ -19,10 +21,6 @@ use super::{Exit, LabError, reactor};
 /// How long the nested host may take until its relay answers. It is for hangs only: a start takes
 /// seconds, on a machine that is busy with other things perhaps a minute.
 const START_PATIENCE: Duration = Duration::from_secs(300);
-
-/// How much of the nested host's messages is kept, in bytes, and shown, in lines.
-const LOG_BYTES: usize = 16 * 1024;
-const LOG_LINES: usize = 25;
 
 /// How often a full backlog is tried again.
 const RETRY: Duration = Duration::from_millis(20);
@@ -64,11 +62,12 @@ pub(super) struct Outside {
     requests: Receiver<Request>,
     wake: OwnedFd,
     host: Host,
-    log: Tail,
+    log: SharedLog,
     setup: Setup,
     /// Told once, when the nested host is ready or cannot be.
     ready: Option<Sender<Result<(), LabError>>>,
     give_up: Instant,
+    pulse: Pulse,
     commands: BTreeMap<CommandId, Command>,
     connecting: Connecting,
     next_stream: StreamId,
@@ -103,6 +102,8 @@ enum End {
     Setup(String),
     /// It took too long.
     Late,
+    /// The relay does not answer any more.
+    Silent,
     /// The wire failed.
     Failed(io::Error),
 }
@@ -125,6 +126,7 @@ impl Outside {
         requests: Receiver<Request>,
         wake: OwnedFd,
         host: Host,
+        log: SharedLog,
         setup: Setup,
         ready: Sender<Result<(), LabError>>,
     ) -> Self {
@@ -133,10 +135,11 @@ impl Outside {
             requests,
             wake,
             host,
-            log: Tail::default(),
+            log,
             setup,
             ready: Some(ready),
             give_up: Instant::now() + START_PATIENCE,
+            pulse: Pulse::new(Instant::now()),
             commands: BTreeMap::new(),
             connecting: Connecting::default(),
             next_stream: 0,
@@ -157,6 +160,9 @@ impl Outside {
                     (End::Quit, _) => "was stopped".into(),
                     (End::Late, _) => {
                         format!("did not start within {} s", START_PATIENCE.as_secs())
+                    }
+                    (End::Silent, _) => {
+                        format!("has not answered for {} s", pulse::PATIENCE.as_secs())
                     }
                     (End::Failed(error), _) => format!("cannot be talked to: {error}"),
                     (_, Some(Ok(status))) => format!("ended unexpectedly (QEMU: {status})"),
@@ -182,13 +188,13 @@ impl Outside {
 
     fn serve(&mut self) -> Result<std::convert::Infallible, End> {
         loop {
-            let mut timeout = self.ready.as_ref().map(|_| {
-                self.give_up
-                    .saturating_duration_since(Instant::now())
-                    .max(RETRY)
-            });
+            let mut timeout = match &self.ready {
+                Some(_) => self.give_up.saturating_duration_since(Instant::now()),
+                None => pulse::INTERVAL,
+            };
+            timeout = timeout.max(RETRY);
             if self.connecting.is_waiting() {
-                timeout = Some(RETRY);
+                timeout = RETRY;
             }
             let mut own: Vec<BorrowedFd<'_>> = vec![self.wake.as_fd()];
             own.extend(self.host.logs.iter().map(AsFd::as_fd));
@@ -196,12 +202,13 @@ impl Outside {
                 own.extend(command.listeners().map(|(_, listener)| listener.as_fd()));
                 own.extend(command.watch.iter().map(AsFd::as_fd));
             }
-            let turn = reactor::turn(&mut self.mux, &own, timeout)?;
+            let turn = reactor::turn(&mut self.mux, &own, Some(timeout))?;
             drop(own);
             self.read_logs();
             for event in turn.events {
                 match event {
                     Event::Control(json) => {
+                        self.pulse.heard();
                         let message = decode_message(&json)?;
                         self.receive(message)?;
                     }
@@ -213,8 +220,16 @@ impl Outside {
             self.finish_connections()?;
             self.look_for_outward_sockets()?;
             self.finish_commands()?;
-            if self.ready.is_some() && Instant::now() >= self.give_up {
-                return Err(End::Late);
+            if self.ready.is_some() {
+                if Instant::now() >= self.give_up {
+                    return Err(End::Late);
+                }
+                continue;
+            }
+            match self.pulse.tick(Instant::now()) {
+                Beat::Nothing => {}
+                Beat::Ask => self.mux.send(&ToInside::Ping)?,
+                Beat::Dead => return Err(End::Silent),
             }
         }
     }
@@ -235,6 +250,7 @@ impl Outside {
                     let _ = ready.send(Ok(()));
                 }
             }
+            ToOutside::Pong => {}
             ToOutside::SetupFailed { problem } => return Err(End::Setup(problem)),
             ToOutside::SpawnFailed { command, problem } => {
                 if let Some(command) = self.commands.remove(&command) {
@@ -505,66 +521,4 @@ fn siblings(bases: &[PathBuf]) -> Vec<PathBuf> {
         .map(PathBuf::as_path)
         .flat_map(|base: &Path| sockets::numbered_siblings(base))
         .collect()
-}
-
-/// The end of the nested host's messages.
-#[derive(Debug, Default)]
-struct Tail {
-    bytes: Vec<u8>,
-}
-
-impl Tail {
-    fn push(&mut self, bytes: &[u8]) {
-        self.bytes.extend_from_slice(bytes);
-        if self.bytes.len() > 2 * LOG_BYTES {
-            let surplus = self.bytes.len() - LOG_BYTES;
-            self.bytes.drain(..surplus);
-        }
-    }
-
-    /// The last lines that say something, or those from a kernel panic on, without what could
-    /// upset a terminal.
-    fn last_lines(&self) -> String {
-        let text = String::from_utf8_lossy(&self.bytes);
-        let lines: Vec<String> = text
-            .lines()
-            .map(|line| line.chars().filter(|c| !c.is_control()).collect::<String>())
-            // TCG says this of every start.
-            .filter(|line| !line.contains("TCG doesn't support requested feature"))
-            .filter(|line| !line.trim().is_empty())
-            .collect();
-        let last = lines.len().saturating_sub(LOG_LINES);
-        // A panic is followed by more lines than are shown.
-        let panic = lines.iter().position(|line| line.contains("Kernel panic"));
-        let shown: Vec<String> = lines
-            .into_iter()
-            .skip(panic.unwrap_or(last))
-            .take(LOG_LINES)
-            .collect();
-        shown.join("\n")
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_tail_is_bounded_and_clean() {
-        let mut tail = Tail::default();
-        for number in 0..100_000 {
-            tail.push(format!("line {number}\r\n\n").as_bytes());
-        }
-        tail.push(b"x: warning: TCG doesn't support requested feature: y\n\x1b[31mlast\n");
-        assert!(tail.bytes.len() <= 2 * LOG_BYTES + 100);
-        let shown = tail.last_lines();
-        assert_eq!(shown.lines().count(), LOG_LINES);
-        assert!(shown.ends_with("line 99999\n[31mlast"));
-        tail.push(b"Kernel panic - not syncing: x\n");
-        tail.push("  trace\n".repeat(2 * LOG_LINES).as_bytes());
-        assert!(
-            tail.last_lines()
-                .starts_with("Kernel panic - not syncing: x\n  trace\n")
-        );
-    }
 }

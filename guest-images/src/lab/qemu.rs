@@ -26,8 +26,9 @@ use crate::image::cpio::Tree;
 pub(super) const PORT_NAME: &str = "org.ringside.lab";
 
 /// The nested kernel's command line: nothing that costs a start under TCG time, no probing of
-/// clocks that a busy machine would get wrong, and an end at a panic.
-const KERNEL_ARGS: &str = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr audit=0 \
+/// clocks that a busy machine would get wrong, and an end at a panic or an oops: a kernel that has
+/// lost a thread in KVM can only be told from a guest that hangs by its last messages.
+const KERNEL_ARGS: &str = "console=ttyS0 quiet panic=-1 oops=panic mitigations=off nokaslr audit=0 \
     tsc=reliable no_timer_check rcupdate.rcu_expedited=1 cryptomgr.notests random.trust_cpu=on";
 
 /// How many folders and disks fit on the nested host's PCI bus.

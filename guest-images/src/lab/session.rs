@@ -16,6 +16,7 @@ use rustix::fs::OFlags;
 use rustix::pipe::PipeFlags;
 
 use super::image::LabImage;
+use super::log::SharedLog;
 use super::outside::{Host, NewCommand, Outside, Request};
 use super::qemu::{DiskDevice, Killer, MAX_DEVICES, Qemu, ShareDevice};
 use super::sockets;
@@ -34,7 +35,7 @@ pub fn run(
     command: LabCommand,
     cache: &CacheDir,
     progress: &dyn Progress,
-) -> Result<Exit, LabError> {
+) -> Result<Finished, LabError> {
     let image = LabImage::prepare(cache, Freshness::Cached, progress)?;
     let signals = Signals::catch().map_err(|source| LabError::Start {
         what: "catch signals",
@@ -111,6 +112,7 @@ struct Control {
     requests: Mutex<Sender<Request>>,
     wake: OwnedFd,
     killer: Killer,
+    log: SharedLog,
     next_command: AtomicU32,
 }
 
@@ -208,7 +210,8 @@ impl Session {
         let thread_wake = wake.try_clone().map_err(start)?;
         let host = host(killer.try_clone().map_err(start)?);
         let (ready, ready_receiver) = mpsc::channel();
-        let outside = Outside::new(wire, receiver, thread_wake, host, setup, ready);
+        let log = SharedLog::default();
+        let outside = Outside::new(wire, receiver, thread_wake, host, log.clone(), setup, ready);
         let server = thread::Builder::new()
             .name("lab-outside".into())
             .spawn(move || outside.run())
@@ -217,6 +220,7 @@ impl Session {
             requests: Mutex::new(requests),
             wake,
             killer,
+            log,
             next_command: AtomicU32::new(1),
         };
         let session = Self {
@@ -224,6 +228,12 @@ impl Session {
             server: Some(server),
         };
         Ok((session, ready_receiver))
+    }
+
+    /// The last lines that the nested host's kernel and QEMU said; may be empty. After a panic of
+    /// that kernel, these are the lines from the oops that led to it on.
+    pub fn log(&self) -> String {
+        self.control.log.last_lines()
     }
 
     /// Starts a command.
@@ -313,7 +323,7 @@ impl Session {
         command: LabCommand,
         target: &Mutex<Target>,
         progress: &dyn Progress,
-    ) -> Result<Exit, LabError> {
+    ) -> Result<Finished, LabError> {
         wait_ready(ready)?;
         progress.done();
         let running = {
@@ -330,7 +340,7 @@ impl Session {
             *target = Target::Running(running.id, size_source);
             running
         };
-        running.wait().map(|finished| finished.exit)
+        running.wait()
     }
 }
 
@@ -376,6 +386,9 @@ pub struct Finished {
     pub stdout: Vec<u8>,
     /// What it wrote to a captured standard error.
     pub stderr: Vec<u8>,
+    /// If a signal ended it, the last lines that the nested host said: its kernel names faults and
+    /// processes that it kills for want of memory.
+    pub log: String,
 }
 
 impl Running {
@@ -410,10 +423,16 @@ impl Running {
         let [stdout, stderr] = self.captured;
         let (stdout, stderr) = (captured(stdout), captured(stderr));
         drop(self.raw);
+        let exit = result?;
+        let log = match exit {
+            Exit::Code(_) => String::new(),
+            Exit::Signal(_) => self.control.log.last_lines(),
+        };
         Ok(Finished {
-            exit: result?,
+            exit,
             stdout,
             stderr,
+            log,
         })
     }
 }

@@ -402,3 +402,25 @@ fn another_version_is_refused() {
     super::reactor::turn(&mut mux, &[], None).unwrap();
     assert!(matches!(session_over(wire), Err(LabError::Setup(_))));
 }
+
+#[test]
+fn the_relay_answers_when_it_is_asked() {
+    let (wire, relay_wire) = wires();
+    let relay = thread::spawn(|| Relay::new(relay_wire, Place::Below(PathBuf::new())).run());
+    let mut mux = super::mux::Mux::new(wire);
+    mux.send(&super::wire::ToInside::Ping).unwrap();
+    let mut said = Vec::new();
+    while said.len() < 2 {
+        let turn = super::reactor::turn(&mut mux, &[], None).unwrap();
+        for event in turn.events {
+            let super::mux::Event::Control(json) = event else {
+                panic!("{said:?}");
+            };
+            said.push(super::wire::decode_message(&json).unwrap());
+        }
+    }
+    assert!(matches!(said[0], super::wire::ToOutside::Hello { .. }));
+    assert!(matches!(said[1], super::wire::ToOutside::Pong));
+    drop(mux);
+    relay.join().unwrap().unwrap();
+}

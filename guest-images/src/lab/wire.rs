@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// Sent in [`ToOutside::Hello`]; both ends must have the same.
-pub(super) const VERSION: &str = concat!("ringside-lab-1/", env!("CARGO_PKG_VERSION"));
+pub(super) const VERSION: &str = concat!("ringside-lab-2/", env!("CARGO_PKG_VERSION"));
 
 const HEADER: usize = 9;
 
@@ -238,6 +238,8 @@ pub(super) enum ToInside {
         /// Where to listen no more.
         path: OsString,
     },
+    /// Say [`ToOutside::Pong`].
+    Ping,
 }
 
 /// From the relay to the outside process.
@@ -292,6 +294,8 @@ pub(super) enum ToOutside {
         /// The path of [`ToInside::OutwardUp`] or [`Spawn::outward`].
         path: OsString,
     },
+    /// The answer to [`ToInside::Ping`]: the nested host lives.
+    Pong,
 }
 
 /// How to make the nested host look like the machine.

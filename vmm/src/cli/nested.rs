@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use devices::block::{FileBackend, FileOptions};
-use guest_images::lab::{self, LabCommand, LabDisk, LabSpec};
+use guest_images::lab::{self, Exit, LabCommand, LabDisk, LabSpec};
 use guest_images::{CacheDir, progress};
 
 use super::{Done, Failure};
@@ -36,7 +36,6 @@ pub(super) fn run(
     fs::write(&file, inside.to_toml())?;
 
     let mut spec = LabSpec::new()?;
-    spec.cpus = processors(checked.vcpus);
     spec.memory_mib = u32::try_from(checked.memory >> 20)
         .unwrap_or(u32::MAX)
         .saturating_add(OWN_MEMORY);
@@ -69,20 +68,21 @@ pub(super) fn in_lab(spec: LabSpec, command: LabCommand) -> Done {
     let cache = CacheDir::discover().map_err(Failure::other)?;
     let progress = progress::on_stderr();
     match lab::run(spec, command, &cache, &*progress) {
-        Ok(exit) => Ok(exit.code()),
+        Ok(finished) => {
+            if let Exit::Signal(_) = finished.exit {
+                super::complain(&format!(
+                    "the process in the nested host was ended by {}{}",
+                    finished.exit,
+                    lab::last_messages(&finished.log)
+                ));
+            }
+            Ok(finished.exit.code())
+        }
         Err(error) => {
             super::complain(&error.to_string());
             Ok(error.code())
         }
     }
-}
-
-/// As many as the guest, of those that there are, and two: one runs while the other emulates.
-pub(super) fn processors(vcpus: u8) -> u8 {
-    let host = std::thread::available_parallelism().map_or(1, usize::from);
-    vcpus
-        .max(2)
-        .min(u8::try_from(host).unwrap_or(u8::MAX).max(1))
 }
 
 /// The configuration for the inside: nothing left to find out, every path absolute.

@@ -230,6 +230,7 @@ impl Relay {
                 }
                 self.drop_unused_outward();
             }
+            ToInside::Ping => self.send(&ToOutside::Pong)?,
         }
         Ok(())
     }

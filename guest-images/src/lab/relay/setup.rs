@@ -56,6 +56,10 @@ pub(super) fn apply(setup: &Setup) -> Result<(), String> {
         return Err("the nested host has no /dev/kvm".into());
     }
     raise_limits();
+    // The start was quiet because a serial line is slow. What the kernel says from now on is about
+    // trouble: faults, processes killed for want of memory, KVM's complaints.
+    fs::write("/proc/sys/kernel/printk", "7")
+        .map_err(|error| format!("cannot have the kernel's messages: {error}"))?;
     rustix::system::sethostname(setup.hostname.as_bytes())
         .map_err(|error| format!("cannot set the host name: {error}"))?;
     for share in &setup.shares {

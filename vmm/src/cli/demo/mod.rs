@@ -20,7 +20,7 @@ use guest_images::apt::Freshness;
 use guest_images::lab::{LabCommand, LabSpec};
 use guest_images::{CacheDir, HostTools, progress};
 
-use super::nested::{in_lab, processors};
+use super::nested::in_lab;
 use super::{Done, Failure, image, run};
 use crate::config::{Accel, BadInput, Size, image_name};
 
@@ -106,7 +106,6 @@ fn arguments(args: &DemoArgs, size: Size) -> Vec<OsString> {
 fn nested(args: &DemoArgs) -> Done {
     let size = args.size.unwrap_or(Size::bytes(8 << 20));
     let mut spec = LabSpec::new()?;
-    spec.cpus = processors(2);
     spec.memory_mib = LAB_MEMORY;
     let mut argv = vec![std::env::current_exe()?.into_os_string()];
     argv.extend(arguments(args, size));
