@@ -1,4 +1,4 @@
-//! Device models (NVMe, virtio-net, virtio-vsock, edu), their block and network back ends, and the queue
+//! Device models (NVMe, virtio-net, virtio-vsock, edu, DMA probe), their block and network back ends, and the queue
 //! workers that run them.
 //!
 //! A device has two halves. Its registers are a [`pci::PciDevice`], called on vCPU threads; they
@@ -17,6 +17,7 @@
 
 pub mod block;
 mod counter;
+pub mod dma_probe;
 pub mod edu;
 pub mod net;
 pub mod nvme;

@@ -18,9 +18,13 @@
         .set    IOAPIC, 0xfec00000
         .set    LAPIC, 0xfee00000
         .set    PIN4, 0x18              # Index of pin 4's redirection entry.
+        .set    PIN17, 0x32             # Index of pin 17's: INTA of device 1.
+        .set    DEVICE1, ECAM + 0x8000
+        .set    EDU, 0xc0000000         # Where its BAR 0 goes.
         .set    HIGH_MEMORY, 0x100000000
         .set    AP_CODE, 0x8000
         .set    AP_FLAG, 0x8800
+        .set    DMA_PAGE, 0x60000
         .set    STACK, 0x80000
         .set    TABLES, 0x70000         # PML4, PDPT, 8 directories.
 
@@ -266,6 +270,77 @@ level:  call    interrupts_on
         mov     edi, [interrupts]
         jmp     hex
 
+# INTx of the edu function at 00:01.0. The first interrupt's cause is acknowledged only in the third
+# call of the handler: a level comes again after each end of interrupt. The second at once.
+intx:   call    interrupts_on
+        call    edu_on
+        mov     ebx, IOAPIC
+        mov     dword ptr [rbx], PIN17 + 1
+        mov     dword ptr [rbx + 0x10], 0
+        mov     dword ptr [rbx], PIN17
+        mov     dword ptr [rbx + 0x10], 0xa041  # Level, active low.
+        mov     dword ptr [acknowledge_at], 3
+        mov     ebx, EDU
+        mov     dword ptr [rbx + 0x60], 1
+        call    wait_interrupt
+        call    wait_interrupt
+        call    wait_interrupt
+        mov     dword ptr [acknowledge_at], 4
+        mov     ebx, EDU
+        mov     dword ptr [rbx + 0x60], 0x10
+        call    wait_interrupt
+        mov     ebx, EDU
+        mov     edi, [rbx + 0x24]       # No cause is left.
+        call    hex
+        mov     ebx, IOAPIC
+        mov     dword ptr [rbx], PIN17
+        mov     edi, [rbx + 0x10]       # Remote IRR is clear.
+        call    hex
+        mov     edi, [interrupts]
+        jmp     hex
+
+# MSI of the same function: a factorial, then four bytes through its DMA buffer and back.
+msi:    call    interrupts_on
+        call    edu_on
+        mov     ebx, DEVICE1
+        movzx   eax, byte ptr [rbx + 0x34]
+1:      cmp     byte ptr [rbx + rax], 5
+        je      2f
+        movzx   eax, byte ptr [rbx + rax + 1]
+        jmp     1b
+2:      mov     dword ptr [rbx + rax + 4], LAPIC
+        mov     dword ptr [rbx + rax + 8], 0
+        mov     word ptr [rbx + rax + 12], 0x42
+        mov     word ptr [rbx + rax + 2], 1
+        mov     ebx, EDU
+        mov     dword ptr [rbx + 0x20], 0x80
+        mov     dword ptr [rbx + 8], 5
+        call    wait_interrupt
+        mov     ebx, EDU
+        mov     edi, [rbx + 8]
+        call    hex
+        mov     ebx, EDU
+        mov     edi, [rbx + 0x24]
+        call    hex
+        mov     ebx, EDU
+        mov     dword ptr [rbx + 0x64], 1
+        mov     dword ptr [DMA_PAGE], 0xfeedface
+        mov     dword ptr [rbx + 0x80], DMA_PAGE
+        mov     dword ptr [rbx + 0x88], 0x40000
+        mov     dword ptr [rbx + 0x90], 4
+        mov     dword ptr [rbx + 0x98], 5
+        call    wait_interrupt
+        mov     ebx, EDU
+        mov     dword ptr [rbx + 0x64], 0x100
+        mov     dword ptr [rbx + 0x80], 0x40000
+        mov     dword ptr [rbx + 0x88], DMA_PAGE + 8
+        mov     dword ptr [rbx + 0x98], 7
+        call    wait_interrupt
+        mov     edi, [DMA_PAGE + 8]
+        call    hex
+        mov     edi, [interrupts]
+        jmp     hex
+
 # Reports every interrupt's vector until vector 0xff comes.
 report: call    interrupts_on
         mov     dx, REPORT
@@ -356,6 +431,13 @@ thr_interrupt:
         out     dx, al
         ret
 
+# Places the edu function's BAR 0 and switches memory decoding and bus mastering on.
+edu_on: mov     ebx, DEVICE1
+        mov     eax, EDU
+        mov     [rbx + 0x10], eax
+        mov     word ptr [rbx + 4], 6
+        ret
+
 # Halts until there is one more interrupt than there were at the last call.
 wait_interrupt:
         inc     dword ptr [waited]
@@ -405,7 +487,14 @@ stubs:
 interrupt:
         push    rdx
         push    rbx
+        push    rcx
         inc     dword ptr [interrupts]
+        mov     ecx, [interrupts]
+        cmp     ecx, [acknowledge_at]
+        jne     2f
+        mov     ebx, EDU
+        mov     dword ptr [rbx + 0x64], -1
+2:      pop     rcx
         cmp     al, 0xff
         jne     1f
         mov     dword ptr [done], 1
@@ -442,6 +531,8 @@ programs:
         program 'd', doorbell
         program 'i', pin
         program 'l', level
+        program 'x', intx
+        program 'm', msi
         program 'w', report
         program 's', second
         .byte   0
@@ -473,6 +564,8 @@ interrupts:
         .long   0
 waited: .long   0
 done:   .long   0
+acknowledge_at:
+        .long   0
 
         .balign 16
 idt:    .fill   256 * 16, 1, 0

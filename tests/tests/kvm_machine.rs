@@ -6,7 +6,9 @@ mod kvm_common;
 use std::thread;
 
 use kvm_common::{Bare, bzimage, print};
-use vmm::machine::{ExitReason, Machine, NamespaceSpec, NvmeSpec, OnReboot, Storage, VsockSpec};
+use vmm::machine::{
+    EduSpec, ExitReason, Machine, NamespaceSpec, NvmeSpec, OnReboot, ProbeSpec, Storage, VsockSpec,
+};
 
 #[test]
 fn boots_by_pvh_and_prints() {
@@ -127,6 +129,69 @@ fn ioapic_pin_level_with_end_of_interrupt() {
     if let Some(text) = print("l") {
         assert_eq!(text, "00008031\n00000002\n");
     }
+}
+
+/// The bare guest on a machine with an edu function.
+fn with_edu(program: &str) -> Option<Bare> {
+    let mut bare = Bare::new(program)?;
+    bare.spec.edu = vec![EduSpec {
+        name: "edu0".into(),
+        dma_mask: 28,
+    }];
+    Some(bare)
+}
+
+#[test]
+fn intx_comes_again_until_its_cause_is_acknowledged() {
+    let Some(bare) = with_edu("x") else { return };
+    let (reason, text) = bare.run();
+    assert_eq!(
+        (reason, text.as_str()),
+        (ExitReason::PowerOff, "00000000\n0000a041\n00000004\n")
+    );
+}
+
+#[test]
+fn msi_comes_once_for_each_cause() {
+    let Some(bare) = with_edu("m") else { return };
+    let (reason, text) = bare.run();
+    assert_eq!(
+        (reason, text.as_str()),
+        (
+            ExitReason::PowerOff,
+            "00000078\n00000001\nfeedface\n00000003\n"
+        )
+    );
+}
+
+#[test]
+fn teaching_and_test_functions_have_statistics() {
+    let Some(mut bare) = with_edu("z") else {
+        return;
+    };
+    bare.spec.dma_probe = vec![ProbeSpec {
+        name: "tester".into(),
+    }];
+    let machine = bare.machine();
+    let handle = machine.handle();
+    let run = thread::spawn(move || machine.run());
+    let stats = loop {
+        let stats = handle.stats();
+        if !stats.devices.is_empty() {
+            break stats;
+        }
+        thread::yield_now();
+    };
+    let (edu, probe) = (&stats.devices["edu0"], &stats.devices["tester"]);
+    assert_eq!((edu.kind, edu.address.as_str()), ("edu", "00:01.0"));
+    assert_eq!(
+        (probe.kind, probe.address.as_str()),
+        ("dma-probe", "00:02.0")
+    );
+    assert_eq!(edu.counters["factorials"], 0);
+    assert_eq!(probe.counters["blocked"], 0);
+    handle.kill();
+    run.join().unwrap().unwrap();
 }
 
 #[test]

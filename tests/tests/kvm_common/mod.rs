@@ -90,6 +90,8 @@ impl Bare {
             memory: 64 << 20,
             nvme: Vec::new(),
             net: Vec::new(),
+            edu: Vec::new(),
+            dma_probe: Vec::new(),
             iommu: None,
             vsock: None,
             serial: SerialMode::File(folder.path().join("serial")),

@@ -9,11 +9,13 @@ use std::path::{Path, PathBuf};
 use guest_images::Release;
 
 use super::{
-    Accel, BadInput, BootSource, Checked, GuestName, Mac, MachineConfig, NamespaceConfig,
-    NetConfig, NvmeConfig, Serial, Size, VsockChoice, VsockConfig, image_name,
+    Accel, BadInput, BootSource, Checked, EduConfig, GuestName, Mac, MachineConfig,
+    NamespaceConfig, NetConfig, NvmeConfig, ProbeConfig, Serial, Size, VsockChoice, VsockConfig,
+    image_name,
 };
 use crate::machine::{
-    MAX_VCPUS, MIN_MEMORY, NamespaceSpec, NetBackendSpec, NetSpec, NvmeSpec, SerialMode, Storage,
+    EduSpec, MAX_VCPUS, MIN_MEMORY, NamespaceSpec, NetBackendSpec, NetSpec, NvmeSpec, ProbeSpec,
+    SerialMode, Storage,
 };
 
 type Result<T> = std::result::Result<T, BadInput>;
@@ -71,17 +73,18 @@ pub fn check_spec(config: &MachineConfig) -> Result<Checked> {
             "control characters: use one line of text",
         ));
     }
-    let devices = config.nvme.len() + config.net.len();
+    let tests = config.edu.len() + config.dma_probe.len();
+    let devices = config.nvme.len() + config.net.len() + tests;
     if devices > DEVICES_MAX {
         return Err(BadInput::new(
-            "--nvme, --net",
+            "--nvme, --net, --edu, --dma-probe",
             format!("{devices} devices: use at most {DEVICES_MAX} together"),
         ));
     }
     let control = config.control.clone();
     let vsock = vsock(config.vsock.as_ref())?;
     sockets(control.as_deref(), vsock.as_ref())?;
-    Ok(Checked {
+    let checked = Checked {
         boot: boot(config)?,
         cmdline: config.cmdline.clone().unwrap_or_default(),
         vcpus: ranged(
@@ -94,6 +97,8 @@ pub fn check_spec(config: &MachineConfig) -> Result<Checked> {
         memory: memory(config.memory)?,
         nvme: nvme(&config.nvme, &name)?,
         net: net(&config.net, &name)?,
+        edu: edu(&config.edu)?,
+        dma_probe: dma_probe(&config.dma_probe),
         iommu: super::vtd::check(config.iommu.as_ref())?,
         vsock,
         serial: config
@@ -106,7 +111,9 @@ pub fn check_spec(config: &MachineConfig) -> Result<Checked> {
         accel: config.accel.unwrap_or_default(),
         trace_boot: config.trace_boot.unwrap_or(false),
         name,
-    })
+    };
+    names(&checked)?;
+    Ok(checked)
 }
 
 fn boot(config: &MachineConfig) -> Result<BootSource> {
@@ -370,6 +377,55 @@ fn interface(name: &str) -> Result<String> {
             "not an interface's name: use 1 to 15 characters without `/`, `:`, `%` and space",
         ))
     }
+}
+
+fn edu(configs: &[EduConfig]) -> Result<Vec<EduSpec>> {
+    let spec = |(index, config): (usize, &EduConfig)| {
+        Ok(EduSpec {
+            name: config.name.clone().unwrap_or_else(|| format!("edu{index}")),
+            dma_mask: ranged("--edu", "dma-mask", config.dma_mask.unwrap_or(28), 12, 64)?,
+        })
+    };
+    configs.iter().enumerate().map(spec).collect()
+}
+
+fn dma_probe(configs: &[ProbeConfig]) -> Vec<ProbeSpec> {
+    let name = |(index, config): (usize, &ProbeConfig)| ProbeSpec {
+        name: config
+            .name
+            .clone()
+            .unwrap_or_else(|| format!("probe{index}")),
+    };
+    configs.iter().enumerate().map(name).collect()
+}
+
+/// Devices' names are keys in the statistics: short words, each of its own.
+fn names(checked: &Checked) -> Result<()> {
+    let mut taken: HashMap<&str, &str> = HashMap::new();
+    let nvme = checked.nvme.iter().map(|nvme| ("--nvme", &nvme.name));
+    let net = checked.net.iter().map(|net| ("--net", &net.name));
+    let edu = checked.edu.iter().map(|edu| ("--edu", &edu.name));
+    let probe = checked.dma_probe.iter();
+    let probe = probe.map(|probe| ("--dma-probe", &probe.name));
+    if checked.vsock.is_some() {
+        taken.insert("vsock", "--vsock");
+    }
+    for (option, name) in nvme.chain(net).chain(edu).chain(probe) {
+        let known = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+        if !(1..=31).contains(&name.len()) || !name.bytes().all(known) {
+            return Err(BadInput::new(
+                format!("{option} name={name}"),
+                "not a device's name: use 1 to 31 letters, digits, `.`, `_` and `-`",
+            ));
+        }
+        if let Some(other) = taken.insert(name, option) {
+            return Err(BadInput::new(
+                format!("{option} name={name}"),
+                format!("a device of {other} has this name: give each its own"),
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn check_host(spec: &Checked) -> Result<()> {

@@ -6,7 +6,9 @@ use std::str::FromStr;
 
 use guest_images::ImageName;
 
-use crate::machine::{IommuSpec, MachineSpec, NetSpec, NvmeSpec, OnReboot, SerialMode, VsockSpec};
+use crate::machine::{
+    EduSpec, IommuSpec, MachineSpec, NetSpec, NvmeSpec, OnReboot, ProbeSpec, SerialMode, VsockSpec,
+};
 
 /// A guest's name: 1 to 48 of `a-z A-Z 0-9 . _ -`, not starting with a dot or a dash. It is the name
 /// of its runtime folder, so it is kept short enough for a Unix socket's path.
@@ -181,6 +183,10 @@ pub struct Checked {
     pub net: Vec<NetSpec>,
     /// The IOMMU, if there is one.
     pub iommu: Option<IommuSpec>,
+    /// Educational functions; the names of all devices differ.
+    pub edu: Vec<EduSpec>,
+    /// DMA probes.
+    pub dma_probe: Vec<ProbeSpec>,
     /// The vsock device, unless it was switched off.
     pub vsock: Option<VsockChoice>,
     /// The first serial port.
@@ -219,6 +225,8 @@ impl Checked {
             memory: self.memory,
             nvme: self.nvme.clone(),
             net: self.net.clone(),
+            edu: self.edu.clone(),
+            dma_probe: self.dma_probe.clone(),
             iommu: self.iommu.clone(),
             vsock: self.vsock.as_ref().map(|choice| VsockSpec {
                 cid: choice.cid.into(),

@@ -255,6 +255,60 @@ impl FromStr for VsockConfig {
     }
 }
 
+/// One educational function: `[[edu]]`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct EduConfig {
+    /// Its name in statistics and messages. Default: `edu0`, `edu1`, ...
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Address lines of its DMA engine, 12 to 64. Default: 28.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dma_mask: Option<u32>,
+}
+
+/// `--edu`, `--edu name=card,dma-mask=32`.
+impl FromStr for EduConfig {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut edu = EduConfig::default();
+        for (key, value) in items(text).filter(|_| !text.is_empty()) {
+            match key.as_str() {
+                "name" => once(&mut edu.name, &key, need(&key, value, "edu0")?)?,
+                "dma-mask" => once(&mut edu.dma_mask, &key, number(&key, value, "28")?)?,
+                _ => return Err(unknown(&key, "name=, dma-mask=BITS")),
+            }
+        }
+        Ok(edu)
+    }
+}
+
+/// One DMA probe: `[[dma-probe]]`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct ProbeConfig {
+    /// Its name in statistics and messages. Default: `probe0`, `probe1`, ...
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+}
+
+/// `--dma-probe`, `--dma-probe name=tester`.
+impl FromStr for ProbeConfig {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut probe = ProbeConfig::default();
+        for (key, value) in items(text).filter(|_| !text.is_empty()) {
+            match key.as_str() {
+                "name" => once(&mut probe.name, &key, need(&key, value, "probe0")?)?,
+                _ => return Err(unknown(&key, "name=")),
+            }
+        }
+        Ok(probe)
+    }
+}
+
 /// Where the guest's first serial port goes: `stdio`, `none` or `file:PATH`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -352,6 +406,14 @@ mod tests {
             net("bridge=br0"),
             "unknown key `bridge`: the keys are tap=NAME, loopback, pairs=, mac="
         );
+        let edu = |text: &str| text.parse::<EduConfig>().unwrap_err();
+        assert_eq!(
+            edu("bits=3"),
+            "unknown key `bits`: the keys are name=, dma-mask=BITS"
+        );
+        assert_eq!(edu("name="), "`name` needs a value, for example name=edu0");
+        let probe = "addr=0".parse::<ProbeConfig>().unwrap_err();
+        assert_eq!(probe, "unknown key `addr`: the keys are name=");
         assert_eq!(
             "com1".parse::<Serial>(),
             Err("`com1`: use stdio, none or file:PATH".into())

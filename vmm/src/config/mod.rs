@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 pub use check::{check, check_spec};
 pub use checked::{Accel, BootFiles, BootSource, Checked, GuestName, Mac, VsockChoice, image_name};
+pub use device::{EduConfig, ProbeConfig};
 pub use device::{NamespaceArg, NamespaceConfig, NetConfig, NvmeConfig, Serial, VsockConfig};
 pub use size::{Size, SizeError};
 pub use vtd::{IommuConfig, IommuKind, IotlbGeometry};
@@ -176,6 +177,32 @@ pub struct MachineConfig {
     #[arg(long, value_name = "KEY=VALUE,...", help_heading = "Devices")]
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub net: Vec<NetConfig>,
+
+    /// Educational PCI function, as QEMU's edu: for a first driver; may be repeated
+    ///
+    /// name=TEXT [default: edu0, edu1, ...], dma-mask=12..64 bits [default: 28].
+    #[arg(
+        long,
+        num_args = 0..=1,
+        default_missing_value = "",
+        value_name = "KEY=VALUE,...",
+        help_heading = "Devices"
+    )]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub edu: Vec<EduConfig>,
+
+    /// Test function that does DMA at any address it is told; may be repeated
+    ///
+    /// name=TEXT [default: probe0, probe1, ...].
+    #[arg(
+        long,
+        num_args = 0..=1,
+        default_missing_value = "",
+        value_name = "KEY=VALUE",
+        help_heading = "Devices"
+    )]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub dma_probe: Vec<ProbeConfig>,
 }
 
 impl MachineConfig {
@@ -236,6 +263,8 @@ impl MachineConfig {
             nvme: file.nvme.into_iter().chain(flags.nvme).collect(),
             namespace: Vec::new(),
             net: file.net.into_iter().chain(flags.net).collect(),
+            edu: file.edu.into_iter().chain(flags.edu).collect(),
+            dma_probe: file.dma_probe.into_iter().chain(flags.dma_probe).collect(),
         };
         // What to boot is one choice with two spellings: a flag for either replaces both.
         if merged.image.is_none() && merged.kernel.is_none() {
@@ -324,6 +353,12 @@ mod tests {
             mac = "52:54:00:00:00:01"
             [[net]]
             loopback = true
+            [[edu]]
+            name = "card"
+            dma-mask = 32
+            [[dma-probe]]
+            name = "tester"
+            [[dma-probe]]
         "#;
         let config = toml(text);
         assert_eq!(config.nvme[0].namespace[1].memory, Size::mib(64));

@@ -29,6 +29,10 @@ pub struct MachineSpec {
     pub net: Vec<NetSpec>,
     /// The IOMMU between all devices and memory.
     pub iommu: Option<IommuSpec>,
+    /// Educational functions, in bus order.
+    pub edu: Vec<EduSpec>,
+    /// DMA probes, in bus order.
+    pub dma_probe: Vec<ProbeSpec>,
     /// The virtio-vsock device.
     pub vsock: Option<VsockSpec>,
     /// What COM1 is connected to.
@@ -159,6 +163,22 @@ pub enum LargestPage {
     #[default]
     #[serde(rename = "1G")]
     Gib1,
+}
+
+/// One educational function.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EduSpec {
+    /// The user's name for it, for messages and statistics.
+    pub name: String,
+    /// Address lines of its DMA engine, 12 to 64.
+    pub dma_mask: u8,
+}
+
+/// One DMA probe.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProbeSpec {
+    /// The user's name for it, for messages and statistics.
+    pub name: String,
 }
 
 /// The virtio-vsock device and its mapping to the host.

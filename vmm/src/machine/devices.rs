@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use devices::block::{BlockBackend, FileBackend, FileOptions, MemoryBackend, NullBackend};
+use devices::dma_probe::DmaProbe;
+use devices::edu::{Edu, EduOptions};
 use devices::net::{Loopback, NetBackend, Tap};
 use devices::nvme::{self, Nvme};
 use devices::virtio::net::{self, VirtioNet};
@@ -11,7 +13,7 @@ use devices::virtio::vsock::VirtioVsock;
 use devices::virtio::{VirtioDevice, VirtioPci};
 use devices::worker::WorkerOptions;
 use iommu::{Bdf, GuestRam, MsiSink};
-use pci::RootComplex;
+use pci::{Endpoint, PciDevice, RootComplex};
 use serde::Serialize;
 
 use super::stats::DeviceStats;
@@ -81,7 +83,7 @@ struct Device {
 
 impl Devices {
     /// Makes the devices and puts them on bus 0, from device number 1 on: NVMe controllers, network
-    /// interfaces, the socket device.
+    /// interfaces, the socket device, educational functions, DMA probes.
     pub(super) fn attach(
         spec: &MachineSpec,
         backends: &Backends,
@@ -121,6 +123,26 @@ impl Devices {
             slots.virtio("--vsock", name, "virtio-vsock", device, move || {
                 json(&counters.stats())
             })?;
+        }
+        for edu in &spec.edu {
+            let options = EduOptions {
+                dma_mask_bits: edu.dma_mask,
+            };
+            let bdf = slots.next()?;
+            let (endpoint, device) = Edu::new(&edu.name, options, bdf, slots.ram, slots.sink)
+                .map_err(|error| MachineError::device("--edu", &edu.name, error))?;
+            let counters = Arc::clone(&device);
+            let counters = move || json(&counters.stats());
+            slots.plug("--edu", &edu.name, "edu", endpoint, device, counters)?;
+        }
+        for probe in &spec.dma_probe {
+            let (option, name) = ("--dma-probe", &probe.name);
+            let bdf = slots.next()?;
+            let (endpoint, device) = DmaProbe::new(name, bdf, slots.ram, slots.sink)
+                .map_err(|error| MachineError::device(option, name, error))?;
+            let counters = Arc::clone(&device);
+            let counters = move || json(&counters.stats());
+            slots.plug(option, name, "dma-probe", endpoint, device, counters)?;
         }
         Ok(Devices(slots.devices.into()))
     }
@@ -183,16 +205,8 @@ impl Slots<'_> {
         let (endpoint, device) = Nvme::new(config, bdf, self.ram, self.sink)
             .map_err(|error| MachineError::device(option, &spec.name, error))?;
         let counters = Arc::clone(&device);
-        self.root
-            .attach(endpoint, device)
-            .map_err(|error| MachineError::device(option, &spec.name, error))?;
-        self.devices.push(Device {
-            name: spec.name.clone(),
-            kind: "nvme",
-            bdf,
-            counters: Box::new(move || json(&counters.stats())),
-        });
-        Ok(())
+        let counters = move || json(&counters.stats());
+        self.plug(option, &spec.name, "nvme", endpoint, device, counters)
     }
 
     fn virtio(
@@ -206,8 +220,22 @@ impl Slots<'_> {
         let bdf = self.next()?;
         let (endpoint, function) = VirtioPci::new(name, device, bdf, self.ram, self.sink)
             .map_err(|error| MachineError::device(option, name, error))?;
+        self.plug(option, name, kind, endpoint, function, counters)
+    }
+
+    /// Puts a function on the bus.
+    fn plug(
+        &mut self,
+        option: &'static str,
+        name: &str,
+        kind: &'static str,
+        endpoint: Endpoint,
+        device: Arc<dyn PciDevice>,
+        counters: impl Fn() -> serde_json::Value + Send + Sync + 'static,
+    ) -> Result<(), MachineError> {
+        let bdf = endpoint.bdf();
         self.root
-            .attach(endpoint, function)
+            .attach(endpoint, device)
             .map_err(|error| MachineError::device(option, name, error))?;
         self.devices.push(Device {
             name: name.to_owned(),

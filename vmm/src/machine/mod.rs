@@ -39,8 +39,8 @@ use signals::Signals;
 use stats::Sources;
 
 pub use description::{
-    ExitReason, IommuSpec, LargestPage, MAX_VCPUS, MIN_MEMORY, MachineSpec, NamespaceSpec,
-    NetBackendSpec, NetSpec, NvmeSpec, OnReboot, SerialMode, Storage, VsockSpec,
+    EduSpec, ExitReason, IommuSpec, LargestPage, MAX_VCPUS, MIN_MEMORY, MachineSpec, NamespaceSpec,
+    NetBackendSpec, NetSpec, NvmeSpec, OnReboot, ProbeSpec, SerialMode, Storage, VsockSpec,
 };
 pub use stats::{DeviceStats, MachineStats, VcpuStats};
 pub use trace::BootTrace;

@@ -36,7 +36,7 @@ pub struct VcpuStats {
 /// One device.
 #[derive(Clone, Debug, Serialize)]
 pub struct DeviceStats {
-    /// `nvme`, `virtio-net` or `virtio-vsock`.
+    /// `nvme`, `virtio-net`, `virtio-vsock`, `edu` or `dma-probe`.
     pub kind: &'static str,
     /// Bus, device and function number.
     pub address: String,

@@ -25,6 +25,17 @@ fn nothing_given_is_a_small_debian_13() {
 }
 
 #[test]
+fn teaching_and_test_functions_are_named() {
+    let spec = check(&config(
+        "[[edu]]\n[[edu]]\nname = \"card\"\ndma-mask = 64\n[[dma-probe]]",
+    ))
+    .unwrap();
+    let edu: Vec<_> = spec.edu.iter().map(|e| (&*e.name, e.dma_mask)).collect();
+    assert_eq!(edu, [("edu0", 28), ("card", 64)]);
+    assert_eq!(spec.dma_probe[0].name, "probe0");
+}
+
+#[test]
 fn defaults_of_devices() {
     let spec = check(&config(
         "name = \"a-rather-long-name-of-a-guest\"\n[[nvme]]\n[[nvme.namespace]]\nnull = \"1G\"\n[[net]]\nloopback = true",
@@ -47,6 +58,22 @@ fn bad_input() {
         ("vcpus = 0", "--vcpus: 0 is out of range: use 1 to 32"),
         ("vcpus = 33", "--vcpus: 33 is out of range: use 1 to 32"),
         ("vcpus = 300", "--vcpus: 300 is out of range: use 1 to 32"),
+        (
+            "[[edu]]\ndma-mask = 11",
+            "--edu: dma-mask=11 is out of range: use 12 to 64",
+        ),
+        (
+            "[[edu]]\nname = \"a b\"",
+            "--edu name=a b: not a device's name: use 1 to 31 letters, digits, `.`, `_` and `-`",
+        ),
+        (
+            "[[edu]]\nname = \"x\"\n[[dma-probe]]\nname = \"x\"",
+            "--dma-probe name=x: a device of --edu has this name: give each its own",
+        ),
+        (
+            "[[edu]]\nname = \"vsock\"",
+            "--edu name=vsock: a device of --vsock has this name: give each its own",
+        ),
         ("memory = 8", "--memory: 8M is out of range: use 16M to 16T"),
         (
             "memory = \"17T\"",
