@@ -45,6 +45,7 @@ mod line;
 mod model;
 mod options;
 mod queue;
+mod registers;
 pub mod spec;
 #[cfg(test)]
 mod tests;

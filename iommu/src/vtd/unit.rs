@@ -1,33 +1,26 @@
-//! The remapping hardware unit: its registers (section 11.4) and what the DMA spaces ask it.
+//! The remapping hardware unit: its parts, and what the DMA spaces ask it.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use super::Options;
 use super::completion::Completion;
 use super::counters::{InvalidationCount, UnitCounters, WaitCount, add};
-use super::descriptor::{contexts, half, translations};
-use super::drain::{Drain, Pending};
-use super::event;
-use super::fault::{Fault, Faults, What, halves};
+use super::drain::Drain;
+use super::fault::{Fault, Faults, What};
 use super::line::{self, RemappingSink};
 use super::queue::{self, Parts, Queue};
-use super::spec::capability::{FAULT_RECORDING_REGISTERS, IOTLB_REGISTERS};
-use super::spec::registers::{self as reg, ccmd, global, granularity, iotlb, irta};
-use super::spec::tables::rtaddr;
-use super::walk::{self, Mode, Root};
+use super::registers::Registers;
+use super::walk::{self, Root};
 use crate::{
     Access, Context, DmaError, GuestRam, Invalidation, Invalidations, Iova, Mapping, MsiLine,
     MsiMessage, MsiSink, Remapper, SourceId, Stage,
 };
 
 /// Translation is enabled; a bit of the latched root table address that RTADDR does not use.
-const ENABLED: u64 = 1;
-
-/// Version 1.0 and, with scalable mode, 4.0 (11.4.1).
-const VERSION: [u32; 2] = [0x10, 0x40];
+pub(super) const ENABLED: u64 = 1;
 
 /// A VT-d remapping unit.
 ///
@@ -39,39 +32,21 @@ pub struct Unit {
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
-struct Shared {
+pub(super) struct Shared {
     ram: GuestRam,
-    options: Options,
+    pub(super) options: Options,
     /// RTADDR as latched by SRTP, with [`ENABLED`]: one word, so that who looks sees what belongs
     /// together.
-    root: Arc<AtomicU64>,
-    registers: Mutex<Registers>,
-    drain: Arc<dyn Drain>,
-    faults: Arc<Faults>,
-    interrupts: Arc<line::Remapper>,
-    queue: Queue,
-    invalidations: InvalidationCount,
+    pub(super) root: Arc<AtomicU64>,
+    pub(super) registers: Mutex<Registers>,
+    pub(super) drain: Arc<dyn Drain>,
+    pub(super) faults: Arc<Faults>,
+    pub(super) interrupts: Arc<line::Remapper>,
+    pub(super) queue: Queue,
+    pub(super) invalidations: InvalidationCount,
     contexts_read: AtomicU64,
     walks: AtomicU64,
     levels_read: AtomicU64,
-}
-
-/// The registers that are no business of another file.
-#[derive(Default)]
-struct Registers {
-    rtaddr: u64,
-    irta: u64,
-    ccmd: u64,
-    iva: u64,
-    iotlb: u64,
-    /// Global Status when all commands are done.
-    status: u32,
-    /// What must be done before Global Status shows Translation Enable as it was last written.
-    enabling: Pending,
-    /// What must be done before CCMD's ICC clears.
-    contexts: Pending,
-    /// What must be done before IOTLB's IVT clears.
-    translations: Pending,
 }
 
 impl Unit {
@@ -199,28 +174,13 @@ impl Unit {
     /// Reads registers: `data.len()` bytes at `offset`, of any size and alignment. Where no register
     /// is, zeros.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
-        let mut at = Some(offset);
-        for byte in data {
-            *byte = at.map_or(0, |at| self.shared.read_byte(at));
-            at = at.and_then(|at| at.checked_add(1));
-        }
+        self.shared.read_bytes(offset, data);
     }
 
     /// Writes a register, or half of a 64-bit one. Only aligned writes of four and eight bytes do
     /// anything; others are undefined (11.3).
     pub fn write(&self, offset: u64, data: &[u8]) {
-        if let Ok(bytes) = <[u8; 4]>::try_from(data)
-            && offset.is_multiple_of(4)
-        {
-            self.shared.write(offset, u32::from_le_bytes(bytes));
-        } else if let Ok(bytes) = <[u8; 8]>::try_from(data)
-            && offset.is_multiple_of(8)
-        {
-            // The upper half last: it is the one that starts an invalidation.
-            let [low, high] = halves(u64::from_le_bytes(bytes));
-            self.shared.write(offset, low);
-            self.shared.write(offset + 4, high);
-        }
+        self.shared.write_bytes(offset, data);
     }
 }
 
@@ -243,225 +203,6 @@ impl Drop for Unit {
 }
 
 impl Shared {
-    fn registers(&self) -> MutexGuard<'_, Registers> {
-        self.registers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Address bits that exist.
-    fn host_addresses(&self) -> u64 {
-        let width = u32::from(self.options.host_address_width).min(63);
-        (1 << width) - 1
-    }
-
-    /// Where a fault recording register's double word at `offset` is, from the first.
-    fn record_offset(&self, offset: u64) -> Option<u64> {
-        let length = u64::from(self.options.fault_records()) * reg::FRCD_LEN;
-        offset
-            .checked_sub(FAULT_RECORDING_REGISTERS)
-            .filter(|&at| at < length)
-    }
-
-    fn read_byte(&self, offset: u64) -> u8 {
-        let [a, b, c, d] = self.read(offset & !3).to_le_bytes();
-        match offset & 3 {
-            0 => a,
-            1 => b,
-            2 => c,
-            _ => d,
-        }
-    }
-
-    /// Reads the double word at `offset`, a multiple of four.
-    fn read(&self, offset: u64) -> u32 {
-        let part = |value: u64| halves(value)[usize::from(offset & 4 != 0)];
-        match offset & !7 {
-            reg::CAP => return part(self.options.capability()),
-            reg::ECAP => return part(self.options.extended_capability()),
-            reg::RTADDR => return part(self.registers().rtaddr),
-            reg::CCMD => return part(self.registers().ccmd(&*self.drain)),
-            reg::IQH => return part(self.queue.head()),
-            reg::IQT => return part(self.queue.tail()),
-            reg::IQA => return part(self.queue.address()),
-            reg::IQERCD => return part(u64::from(self.faults.queue_error_info())),
-            reg::IRTA => return part(self.registers().irta),
-            IOTLB => return part(self.registers().iotlb(&*self.drain)),
-            _ => {}
-        }
-        match offset {
-            reg::VER => VERSION[usize::from(self.options.scalable)],
-            reg::GSTS => self.registers().status(&*self.drain),
-            reg::FSTS => self.faults.status(),
-            reg::ICS => self.queue.parts().completion.status(),
-            _ => {
-                if let Some(at) = event_offset(reg::FECTL, offset) {
-                    self.faults.read_event(at)
-                } else if let Some(at) = event_offset(reg::IECTL, offset) {
-                    self.queue.parts().completion.read_event(at)
-                } else if let Some(at) = self.record_offset(offset) {
-                    self.faults.read_record(at)
-                } else {
-                    // GCMD and IVA are write-only and read as zero too.
-                    0
-                }
-            }
-        }
-    }
-
-    /// Writes the double word at `offset`, a multiple of four.
-    fn write(&self, offset: u64, value: u32) {
-        match offset & !7 {
-            reg::RTADDR => {
-                let writable = (rtaddr::TTM_MASK << rtaddr::TTM_SHIFT) | reg::queue::BASE;
-                let mut registers = self.registers();
-                registers.rtaddr =
-                    merge(registers.rtaddr, offset, value) & writable & self.host_addresses();
-                return;
-            }
-            reg::CCMD => return self.write_ccmd(offset, value),
-            reg::IQT => {
-                if offset & 4 == 0 {
-                    self.queue.set_tail(value.into());
-                }
-                return;
-            }
-            reg::IQA => {
-                let address = merge(self.queue.address(), offset, value);
-                return self.queue.set_address(address & self.host_addresses());
-            }
-            reg::IRTA => {
-                if self.options.interrupt_remapping {
-                    let mut writable = irta::TABLE | irta::SIZE;
-                    if self.options.extended_interrupt_mode {
-                        writable |= irta::EIME;
-                    }
-                    let mut registers = self.registers();
-                    registers.irta =
-                        merge(registers.irta, offset, value) & writable & self.host_addresses();
-                }
-                return;
-            }
-            IVA => {
-                let mut registers = self.registers();
-                registers.iva = merge(registers.iva, offset, value);
-                return;
-            }
-            IOTLB => return self.write_iotlb(offset, value),
-            _ => {}
-        }
-        match offset {
-            reg::GCMD => self.command(value),
-            reg::FSTS => {
-                self.faults.clear_status(value);
-                self.queue.kick();
-            }
-            reg::ICS => self.queue.parts().completion.clear_status(value),
-            _ => {
-                if let Some(at) = event_offset(reg::FECTL, offset) {
-                    self.faults.write_event(at, value);
-                } else if let Some(at) = event_offset(reg::IECTL, offset) {
-                    self.queue.parts().completion.write_event(at, value);
-                } else if let Some(at) = self.record_offset(offset) {
-                    self.faults.write_record(at, value);
-                }
-            }
-        }
-    }
-
-    /// A write to Global Command (11.4.4.1).
-    fn command(&self, value: u32) {
-        let mut registers = self.registers();
-        let changed = (value ^ registers.status) & global::LASTING;
-        let on = |bit| value & bit != 0;
-        if on(global::SRTP) {
-            let enabled = self.root.load(Ordering::SeqCst) & ENABLED;
-            self.root
-                .store(registers.rtaddr | enabled, Ordering::SeqCst);
-            registers.status |= global::SRTP;
-        }
-        if changed & global::TE != 0 {
-            if on(global::TE) {
-                self.root.fetch_or(ENABLED, Ordering::SeqCst);
-            } else {
-                self.root.fetch_and(!ENABLED, Ordering::SeqCst);
-            }
-            registers.status ^= global::TE;
-            // Requests in flight are done before the status shows the change.
-            registers
-                .enabling
-                .publish(&*self.drain, Invalidation::Everything);
-        }
-        if changed & global::QIE != 0 {
-            registers.status ^= global::QIE;
-            self.queue.enable(on(global::QIE));
-        }
-        if self.options.interrupt_remapping {
-            let mut table = self.interrupts.table();
-            if on(global::SIRTP) {
-                table = table.latch(registers.irta);
-                registers.status |= global::SIRTP;
-            }
-            registers.status ^= changed & (global::IRE | global::CFI);
-            table = table
-                .enable(registers.status & global::IRE != 0)
-                .compatibility(registers.status & global::CFI != 0);
-            self.interrupts.set_table(table);
-        }
-        if registers.status & (global::TE | global::IRE) == 0 {
-            self.faults.restart();
-        }
-    }
-
-    /// Register-based invalidation is for legacy mode without queue; hardware says of other requests
-    /// that they were wrong and ignored (6.5.1).
-    fn by_register(&self) -> bool {
-        self.latched_root().mode == Mode::Legacy && !self.queue.enabled()
-    }
-
-    fn write_ccmd(&self, offset: u64, value: u32) {
-        let mut registers = self.registers();
-        let old = registers.ccmd;
-        let new = merge(old, offset, value) & ccmd::WRITABLE;
-        registers.ccmd = new & !ccmd::ICC | old & (ccmd::CAIG | ccmd::ICC);
-        if offset & 4 == 0 || new & ccmd::ICC == 0 {
-            return;
-        }
-        let wanted = new >> ccmd::CIRG_SHIFT & 0b11;
-        let source = SourceId(half(new, ccmd::SID_SHIFT));
-        let what = contexts(wanted, half(new, 0), source, new >> ccmd::FM_SHIFT);
-        let actual = match what.filter(|_| self.by_register()) {
-            Some(what) => {
-                self.invalidations.context(what);
-                registers.contexts.publish(&*self.drain, what);
-                wanted
-            }
-            None => granularity::RESERVED,
-        };
-        registers.ccmd = new | ccmd::ICC | actual << ccmd::CAIG_SHIFT;
-    }
-
-    fn write_iotlb(&self, offset: u64, value: u32) {
-        let mut registers = self.registers();
-        let old = registers.iotlb;
-        let new = merge(old, offset, value) & iotlb::WRITABLE;
-        registers.iotlb = new & !iotlb::IVT | old & (iotlb::IAIG | iotlb::IVT);
-        if offset & 4 == 0 || new & iotlb::IVT == 0 {
-            return;
-        }
-        let wanted = new >> iotlb::IIRG_SHIFT & 0b11;
-        let what = translations(wanted, half(new, iotlb::DID_SHIFT), registers.iva);
-        let actual = match what.filter(|_| self.by_register()) {
-            Some(what) => {
-                self.invalidations.iotlb(what);
-                registers.translations.publish(&*self.drain, what);
-                wanted
-            }
-            None => granularity::RESERVED,
-        };
-        registers.iotlb = new | actual << iotlb::IAIG_SHIFT;
-    }
-
     /// The root table in use, if translation is enabled.
     fn root(&self) -> Option<Root> {
         let root = self.root.load(Ordering::SeqCst);
@@ -469,7 +210,7 @@ impl Shared {
     }
 
     /// The root table set last.
-    fn latched_root(&self) -> Root {
+    pub(super) fn latched_root(&self) -> Root {
         Root::from_register(self.root.load(Ordering::SeqCst))
     }
 
@@ -485,56 +226,6 @@ impl Shared {
             });
         }
         DmaError::Fault(iova, reason)
-    }
-}
-
-/// Offset of the Invalidate Address register.
-const IVA: u64 = IOTLB_REGISTERS + reg::IVA;
-/// Offset of the IOTLB Invalidate register.
-const IOTLB: u64 = IOTLB_REGISTERS + reg::IOTLB;
-
-/// Where in a set of event registers `offset` is, from the control register.
-fn event_offset(control: u64, offset: u64) -> Option<u64> {
-    offset
-        .checked_sub(control)
-        .filter(|&at| at < event::REGISTERS)
-}
-
-/// A 64-bit register after a write to the half that `offset` is in.
-fn merge(register: u64, offset: u64, value: u32) -> u64 {
-    let [low, high] = halves(register).map(u64::from);
-    let value = u64::from(value);
-    if offset & 4 == 0 {
-        high << 32 | value
-    } else {
-        value << 32 | low
-    }
-}
-
-impl Registers {
-    /// Global Status.
-    fn status(&mut self, drain: &dyn Drain) -> u32 {
-        if self.enabling.drained(drain) {
-            self.status
-        } else {
-            self.status ^ global::TE
-        }
-    }
-
-    /// CCMD.
-    fn ccmd(&mut self, drain: &dyn Drain) -> u64 {
-        if self.contexts.drained(drain) {
-            self.ccmd &= !ccmd::ICC;
-        }
-        self.ccmd
-    }
-
-    /// The IOTLB Invalidate register.
-    fn iotlb(&mut self, drain: &dyn Drain) -> u64 {
-        if self.translations.drained(drain) {
-            self.iotlb &= !iotlb::IVT;
-        }
-        self.iotlb
     }
 }
 
