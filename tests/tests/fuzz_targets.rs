@@ -52,6 +52,11 @@ fn vtd_unit_corpus() {
     corpus("vtd_unit", fuzz::vtd_unit);
 }
 
+#[test]
+fn vtd_walk_corpus() {
+    corpus("vtd_walk", fuzz::vtd_walk);
+}
+
 fn config(cases: u32) -> ProptestConfig {
     ProptestConfig {
         failure_persistence: None,
@@ -80,6 +85,11 @@ proptest! {
     #[test]
     fn pci_msix(data in vec(any::<u8>(), 0..800)) {
         fuzz::pci_msix(&data);
+    }
+
+    #[test]
+    fn vtd_walk(data in vec(any::<u8>(), 0..1200)) {
+        fuzz::vtd_walk(&data);
     }
 }
 

@@ -8,7 +8,9 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use vm_memory::GuestAddress;
 
-use super::build::{Format, PageTable, Permission, RamTables, RootTable, legacy, scalable};
+use super::build::{
+    Format, PageTable, Permission, RamTables, RootTable, TableMemory, legacy, scalable,
+};
 use super::walk::{self, Mode};
 use super::{AddressWidths, Options};
 use crate::{Access, FaultReason, Gpa, GuestRam, Iova, Mapping, SourceId};
@@ -23,15 +25,20 @@ struct Page {
     dirty: bool,
 }
 
-/// Pages by their first input address.
 #[derive(Default)]
-struct Model(BTreeMap<u64, Page>);
+struct Model {
+    /// Pages by their first input address.
+    pages: BTreeMap<u64, Page>,
+    /// What the entries that point to tables allow, when it is not everything: by the first address
+    /// and the size of what is below them.
+    limits: BTreeMap<(u64, u8), Permission>,
+}
 
 impl Model {
     /// First addresses of the pages that share an address with the `1 << shift` bytes at `iova`.
     fn overlapping(&self, iova: u64, shift: u8) -> Vec<u64> {
         let last = iova + ((1 << shift) - 1);
-        self.0
+        self.pages
             .range(..=last)
             .filter(|(start, page)| *start + ((1 << page.shift) - 1) >= iova)
             .map(|(start, _)| *start)
@@ -39,8 +46,20 @@ impl Model {
     }
 
     fn at(&mut self, iova: u64) -> Option<(u64, &mut Page)> {
-        let (start, page) = self.0.range_mut(..=iova).next_back()?;
+        let (start, page) = self.pages.range_mut(..=iova).next_back()?;
         (iova - *start < 1 << page.shift).then_some((*start, page))
+    }
+
+    /// What the tables above a page of `1 << shift` bytes leave of `permission`.
+    fn limited(&self, iova: u64, shift: u8, permission: Permission) -> Permission {
+        let mut left = permission;
+        for ((start, size), limit) in &self.limits {
+            if *size > shift && iova >> size == start >> size {
+                left.read &= limit.read;
+                left.write &= limit.write;
+            }
+        }
+        left
     }
 }
 
@@ -80,6 +99,8 @@ fn setups() -> Vec<Setup> {
 enum Step {
     Map(u64, u64, u8, Permission),
     Unmap(u64, u8),
+    /// What the entry that covers `1 << shift` bytes allows, if it points to a table.
+    Limit(u64, u8, Permission),
     Access(u64, Access),
 }
 
@@ -100,13 +121,16 @@ fn step() -> impl Strategy<Value = Step> {
         1 => Just(Permission::WRITE),
         2 => Just(Permission::READ_WRITE),
     ];
+    let table = prop_oneof![Just(21_u8), Just(30), Just(39), Just(48)];
     // Some output lies around the interrupt range.
     let output = prop_oneof![0..1_u64 << 46, 0xfec0_0000..0xff40_0000_u64];
     let access = prop_oneof![Just(Access::Read), Just(Access::Write)];
     prop_oneof![
-        3 => (address(), output, shift.clone(), permission)
+        3 => (address(), output, shift.clone(), permission.clone())
             .prop_map(|(iova, gpa, shift, permission)| Step::Map(iova, gpa, shift, permission)),
         1 => (address(), shift).prop_map(|(iova, shift)| Step::Unmap(iova, shift)),
+        1 => (address(), table, permission)
+            .prop_map(|(iova, shift, permission)| Step::Limit(iova, shift, permission)),
         6 => (address(), access).prop_map(|(iova, access)| Step::Access(iova, access)),
     ]
 }
@@ -188,19 +212,46 @@ impl<'a> Pair<'a> {
                     permission,
                     dirty: false,
                 };
-                self.model.0.insert(iova, page);
+                self.model.pages.insert(iova, page);
+                // New tables allow everything, and a page has no tables.
+                self.model
+                    .limits
+                    .retain(|(start, size), _| *size > shift || start >> shift != iova >> shift);
             }
             Step::Unmap(iova, shift) => {
                 let iova = self.fit(iova) >> shift << shift;
                 self.remove(iova, shift);
             }
+            Step::Limit(iova, shift, permission) => {
+                self.limit(self.fit(iova) >> shift << shift, shift, permission);
+            }
             Step::Access(iova, access) => self.check(Iova(self.fit(iova)), access),
         }
     }
 
+    /// First-stage entries always allow reads.
+    fn limit(&mut self, iova: u64, shift: u8, permission: Permission) {
+        let Some(at) = self.pages.entry(&self.memory, Iova(iova), shift) else {
+            return;
+        };
+        let entry = self.memory.load(at);
+        if shift >= 12 + 9 * self.setup.levels || entry == 0 || entry & 0x80 != 0 {
+            return;
+        }
+        let (clear, set) = match self.setup.format {
+            Format::First => (2, u64::from(permission.write) << 1),
+            Format::Second => (
+                3,
+                u64::from(permission.read) | u64::from(permission.write) << 1,
+            ),
+        };
+        self.memory.store(at, entry & !clear | set);
+        self.model.limits.insert((iova, shift), permission);
+    }
+
     fn remove(&mut self, iova: u64, shift: u8) {
         for start in self.model.overlapping(iova, shift) {
-            let page = self.model.0.remove(&start).unwrap();
+            let page = self.model.pages.remove(&start).unwrap();
             self.pages.unmap(&mut self.memory, Iova(start), page.shift);
         }
     }
@@ -231,16 +282,22 @@ impl<'a> Pair<'a> {
             Access::Read => (true, false),
             Access::Write => (false, true),
         };
+        let not_present = FaultReason(match (setup.scalable, first) {
+            (false, _) if read => 0x6,
+            (false, _) => 0x5,
+            (true, true) => 0x71,
+            (true, false) => 0x79,
+        });
         let Some((start, page)) = self.model.at(iova.0) else {
-            return Err(FaultReason(match (setup.scalable, first) {
-                (false, _) if read => 0x6,
-                (false, _) => 0x5,
-                (true, true) => 0x71,
-                (true, false) => 0x79,
-            }));
+            return Err(not_present);
         };
-        let may_read = page.permission.read || first;
-        if write && !page.permission.write {
+        let page = *page;
+        let allowed = self.model.limited(iova.0, page.shift, page.permission);
+        if !allowed.read && !allowed.write && !first {
+            return Err(not_present);
+        }
+        let may_read = allowed.read || first;
+        if write && !allowed.write {
             return Err(FaultReason(if setup.scalable { 0x85 } else { 0x5 }));
         }
         if read && !may_read {
@@ -251,13 +308,16 @@ impl<'a> Pair<'a> {
         if interrupts.contains(&output) {
             return Err(FaultReason(if setup.scalable { 0x87 } else { 0xe }));
         }
-        page.dirty |= write;
+        let dirty = page.dirty || write;
+        if let Some((_, page)) = self.model.at(iova.0) {
+            page.dirty = dirty;
+        }
         let whole = Mapping {
             iova: Iova(start),
             gpa: Gpa(page.gpa),
             shift: page.shift,
             read: may_read,
-            write: page.permission.write && (page.dirty || !setup.access_dirty),
+            write: allowed.write && (dirty || !setup.access_dirty),
         };
         let size = 1 << page.shift;
         if page.gpa < interrupts.end && page.gpa + size > interrupts.start {
@@ -287,7 +347,7 @@ proptest! {
                 pair.step(step);
             }
             // Every page that is left, at both ends, and what lies beside it.
-            let pages: Vec<_> = pair.model.0.iter().map(|(start, page)| (*start, page.shift)).collect();
+            let pages: Vec<_> = pair.model.pages.iter().map(|(start, page)| (*start, page.shift)).collect();
             for (start, shift) in pages {
                 let last = start + ((1 << shift) - 1);
                 for iova in [start.wrapping_sub(1), start, last, last.wrapping_add(1)] {

@@ -11,6 +11,7 @@ mod pci_msi;
 mod pci_msix;
 mod virtio_net;
 mod vtd_unit;
+mod vtd_walk;
 
 pub use input::Input;
 pub use nvme::nvme;
@@ -19,3 +20,4 @@ pub use pci_msi::pci_msi;
 pub use pci_msix::pci_msix;
 pub use virtio_net::virtio_net;
 pub use vtd_unit::vtd_unit;
+pub use vtd_walk::vtd_walk;
