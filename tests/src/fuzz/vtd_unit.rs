@@ -144,7 +144,7 @@ impl Guest {
     fn descriptor(&mut self, input: &mut Input<'_>) {
         let at = QUEUE + u64::from(self.tail);
         let kind = u64::from(input.byte());
-        let mut low = kind & 0xf | u64::from(input.u16()) << 16 | u64::from(kind >> 4) << 4;
+        let mut low = kind & 0xf | u64::from(input.u16()) << 16 | (kind >> 4) << 4;
         let mut high = 0;
         match kind & 0xf {
             2 | 6 => high = Self::address(input) | u64::from(input.byte() % 24),
