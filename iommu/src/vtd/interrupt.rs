@@ -92,11 +92,11 @@ pub(super) fn index(table: Table, message: MsiMessage) -> Option<u32> {
     (data & request::DATA_RESERVED == 0).then_some(handle + (data & request::SUBHANDLE))
 }
 
-/// What the local APICs get of `message` from `source` (5.1.3).
+/// What the local APICs get of `message` from `source` (5.1.3). Without a source nothing is verified.
 pub(super) fn remap(
     ram: &GuestRam,
     table: Table,
-    source: SourceId,
+    source: Option<SourceId>,
     message: MsiMessage,
 ) -> Result<MsiMessage, Blocked> {
     if !table.enabled() {
@@ -139,7 +139,7 @@ fn read(ram: &GuestRam, table: Table, index: u32) -> Option<[u64; 2]> {
 fn message_of(
     [low, high]: [u64; 2],
     extended: bool,
-    source: SourceId,
+    source: Option<SourceId>,
 ) -> Result<MsiMessage, FaultReason> {
     if low & low::P == 0 {
         return Err(FaultReason::IR_NOT_PRESENT);
@@ -153,7 +153,7 @@ fn message_of(
     {
         return Err(FaultReason::IR_ENTRY_RESERVED);
     }
-    if !allowed(high, source) {
+    if source.is_some_and(|source| !allowed(high, source)) {
         return Err(FaultReason::IR_SOURCE_DENIED);
     }
     let destination = if extended {

@@ -96,15 +96,18 @@ impl Remapper {
         }
     }
 
-    /// Puts a line of `source` behind the remapper. It has no message yet.
+    /// Puts a line of `source` behind the remapper. It has no message yet. Unless it is `verified`, its
+    /// requests pass whatever source the table entry asks for.
     pub(super) fn wrap(
         self: &Arc<Self>,
         source: SourceId,
+        verified: bool,
         inner: Arc<dyn MsiLine>,
     ) -> Arc<dyn MsiLine> {
         let line = Arc::new(Line {
             remapper: Arc::clone(self),
             source,
+            verified,
             inner,
             index: AtomicU32::new(NO_INDEX),
             open: AtomicBool::new(false),
@@ -121,7 +124,7 @@ impl Remapper {
 
     /// A memory write of a device to the interrupt address range.
     pub(super) fn write(&self, source: SourceId, message: MsiMessage) -> Result<(), DmaError> {
-        match remap(&self.ram, self.table(), source, message) {
+        match remap(&self.ram, self.table(), Some(source), message) {
             Ok(target) => {
                 self.passed.fetch_add(1, Ordering::Relaxed);
                 if let Err(error) = self.deliver(source, target)
@@ -208,13 +211,14 @@ pub(super) struct RemappingSink(pub(super) Arc<Remapper>);
 impl MsiSink for RemappingSink {
     fn open(&self, source: SourceId) -> io::Result<Arc<dyn MsiLine>> {
         let inner = self.0.inner.open(source)?;
-        Ok(self.0.wrap(source, inner))
+        Ok(self.0.wrap(source, true, inner))
     }
 }
 
 struct Line {
     remapper: Arc<Remapper>,
     source: SourceId,
+    verified: bool,
     inner: Arc<dyn MsiLine>,
     /// The table entry named by the message, or [`NO_INDEX`].
     index: AtomicU32,
@@ -256,7 +260,8 @@ impl Line {
         // Before the entry is read: an invalidation of it finds this line, or comes before the read.
         self.index
             .store(index(table, message).unwrap_or(NO_INDEX), Ordering::SeqCst);
-        match remap(&self.remapper.ram, table, self.source, message) {
+        let verified = self.verified.then_some(self.source);
+        match remap(&self.remapper.ram, table, verified, message) {
             Ok(target) => {
                 if state.route != Some(target) {
                     if let Err(error) = self.inner.retarget(target) {

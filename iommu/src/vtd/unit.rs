@@ -143,7 +143,18 @@ impl Unit {
     /// Puts a line that is already open, such as that of an IOAPIC pin, behind the remapper. `source`
     /// is the id that the DMAR table gives the IOAPIC.
     pub fn wrap_line(&self, source: SourceId, inner: Arc<dyn MsiLine>) -> Arc<dyn MsiLine> {
-        self.shared.interrupts.wrap(source, inner)
+        self.shared.interrupts.wrap(source, true, inner)
+    }
+
+    /// As [`Unit::wrap_line`], but the source is not verified (9.10, SVT), which hardware never does.
+    /// QEMU's IOAPIC is such a line, and there are test kernels whose table entries for the IOAPIC name
+    /// the function that drives the pin.
+    pub fn wrap_unverified_line(
+        &self,
+        source: SourceId,
+        inner: Arc<dyn MsiLine>,
+    ) -> Arc<dyn MsiLine> {
+        self.shared.interrupts.wrap(source, false, inner)
     }
 
     /// What it has done.

@@ -351,6 +351,27 @@ fn lines_of_others_are_wrapped() {
 }
 
 #[test]
+fn an_unverified_line_passes_whatever_source_is_asked_for() {
+    let mut bench = Bench::remapping(Options::default(), 0, 7);
+    bench.entry(1, [entry(0x41, 0)[0], 1 << 18 | 0x20]);
+    let inner = || Sink(Arc::clone(&bench.host)).open(SourceId(0)).unwrap();
+    let strict = bench.unit.wrap_line(SourceId(0xf8), inner());
+    let pin = bench.unit.wrap_unverified_line(SourceId(0xf8), inner());
+    strict.retarget(request(1)).unwrap();
+    strict.fire();
+    assert_eq!(bench.delivered(), []);
+    assert_eq!(bench.take_fault(), Some((0x26, 0xf8, 1 << 48)));
+    pin.retarget(request(1)).unwrap();
+    bench.fires(&pin, target(0x41, 0));
+    // The rest of the entry counts.
+    bench.entry(1, [0, 0]);
+    bench.run(&[&[0x04, 0]]);
+    pin.fire();
+    assert_eq!(bench.delivered(), []);
+    assert_eq!(bench.take_fault(), Some((0x22, 0xf8, 1 << 48)));
+}
+
+#[test]
 fn interrupts_that_devices_write_themselves() {
     let bench = Bench::remapping(Options::default(), 0, 7);
     let write = |sent: MsiMessage| bench.unit.interrupt_write(DEVICE, sent.address, sent.data);
