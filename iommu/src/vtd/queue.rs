@@ -228,20 +228,29 @@ impl Queue {
                 .ok_or(iqei::FETCH)
                 .and_then(|words| Descriptor::decode(words, &self.parts.options)),
         };
+        let next = head + length;
+        let next = if next < end { next } else { 0 };
         match descriptor {
-            Ok(descriptor) => {
-                if !self.execute(state, descriptor) {
+            Ok(Descriptor::Wait { status, interrupt }) => {
+                let since = *state.waiting.get_or_insert_with(Instant::now);
+                if !self.drained(state, since) {
                     return Step::Drain;
                 }
+                state.waiting = None;
+                // First: who sees the status sees a head that is past the descriptor.
+                self.head.store(next, Ordering::Release);
+                self.complete(status, interrupt);
+                self.parts.waits.done(since.elapsed());
+            }
+            Ok(descriptor) => {
+                self.invalidate(state, descriptor);
+                self.head.store(next, Ordering::Release);
             }
             Err(error) => {
                 faults.queue_error(error, head);
                 return Step::Stop;
             }
         }
-        let next = head + length;
-        self.head
-            .store(if next < end { next } else { 0 }, Ordering::Release);
         Step::Next
     }
 
@@ -261,8 +270,7 @@ impl Queue {
         Some(words.map(u64::from_le))
     }
 
-    /// False if it is a wait descriptor that has to stand.
-    fn execute(&self, state: &mut MutexGuard<'_, State>, descriptor: Descriptor) -> bool {
+    fn invalidate(&self, state: &mut MutexGuard<'_, State>, descriptor: Descriptor) {
         let Parts {
             drain,
             interrupts,
@@ -292,29 +300,25 @@ impl Queue {
                 queued.interrupt();
                 interrupts.invalidate(|other| (other ^ index) >> mask == 0);
             }
-            Descriptor::Wait { status, interrupt } => {
-                return self.wait(state, status, interrupt);
-            }
+            // Not an invalidation: see `step`.
+            Descriptor::Wait { .. } => {}
         }
-        true
     }
 
-    /// Completes a wait descriptor if all before it is done. Invalidations are in order, so there is
-    /// nothing that the fence flag would change.
-    fn wait(
-        &self,
-        state: &mut MutexGuard<'_, State>,
-        status: Option<(u32, u64)>,
-        interrupt: bool,
-    ) -> bool {
-        let since = *state.waiting.get_or_insert_with(Instant::now);
+    /// Whether all before a wait descriptor that was read at `since` is done; looks for a while.
+    /// Invalidations are in order, so there is nothing that the fence flag would change.
+    fn drained(&self, state: &mut MutexGuard<'_, State>, since: Instant) -> bool {
         while !state.pending.drained(&*self.parts.drain) {
             if since.elapsed() >= SPIN {
                 return false;
             }
             std::hint::spin_loop();
         }
-        state.waiting = None;
+        true
+    }
+
+    /// What a wait descriptor asks for.
+    fn complete(&self, status: Option<(u32, u64)>, interrupt: bool) {
         if let Some((data, address)) = status {
             // Where no memory is, the write goes nowhere, as any write there.
             let _ = self
@@ -325,8 +329,6 @@ impl Queue {
         if interrupt {
             self.parts.completion.complete();
         }
-        self.parts.waits.done(since.elapsed());
-        true
     }
 }
 

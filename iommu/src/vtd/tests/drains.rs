@@ -79,6 +79,7 @@ fn nothing_is_used_after_its_wait() {
                 invalidations.wake();
             }
         });
+        let _stop = Stop(&stop);
         for number in 1..150 {
             // The worker is in a section, most likely.
             let before = rounds.load(Ordering::SeqCst);
@@ -87,7 +88,6 @@ fn nothing_is_used_after_its_wait() {
             bench.run(&[&[0x12, 0]]);
             taken.store(number, Ordering::SeqCst);
         }
-        stop.store(true, Ordering::SeqCst);
     });
     assert_eq!(bad.into_inner(), 0, "used after it was taken away");
     assert_eq!(bench.unit.counters().waits, 149);

@@ -231,6 +231,15 @@ fn message(address: u64, data: u32) -> MsiMessage {
     MsiMessage { address, data }
 }
 
+/// Ends the other threads, also when a check fails.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
 /// Waits until another thread has made `done` true.
 fn until(mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(20);

@@ -74,21 +74,18 @@ fn no_interrupt_is_lost_or_late() {
                 }
             });
         }
+        let _stop = Stop(&stop);
         for vector in [0x41, 0, 0x42].into_iter().cycle().take(CHANGES) {
             bench.store(IRT + 16, &[vector << 16 | u64::from(vector != 0)]);
             bench.run(&[&[1 << 32 | 0x14, 0]]);
             let stale = || (0x41..=0x42).filter(|&other| other != vector as usize);
             let before: Vec<_> = stale().map(count).collect();
-            for _ in 0..3 {
-                std::thread::yield_now();
-            }
+            // Of three fires of two threads one has begun after the invalidation.
+            let fired = fires.load(Ordering::SeqCst);
+            until(|| fires.load(Ordering::SeqCst) > fired + 3);
             let after: Vec<_> = stale().map(count).collect();
-            if before != after {
-                stop.store(true, Ordering::SeqCst);
-                panic!("went out under the old entry");
-            }
+            assert_eq!(before, after, "went out under the old entry");
         }
-        stop.store(true, Ordering::SeqCst);
     });
     let counters = bench.unit.counters();
     let delivered = count(0x41) + count(0x42);
