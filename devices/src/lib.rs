@@ -16,7 +16,6 @@
 //! Everything in guest memory is hostile: it is read once, checked, and never trusted to stay.
 
 pub mod block;
-mod counter;
 pub mod dma_probe;
 pub mod edu;
 pub mod net;

@@ -8,6 +8,7 @@
 //!   implements vm-memory's `GuestMemory`, so rings, PRP lists and virtio queues all take one way.
 //! - [`PinnedBuffers`]: host iovecs for zero-copy I/O, held until the I/O has ended.
 //! - [`MsiSink`] and [`MsiLine`]: where interrupt messages go.
+//! - [`Upstream`]: what lies above a function: memory, interrupts, a [`Remapper`].
 //! - [`BusMaster`]: the three together: the only handle through which a device reaches out.
 //!
 //! # Draining
@@ -18,6 +19,7 @@
 //! after it, and until no buffer pinned before overlaps it. See [`Invalidations`].
 
 mod addr;
+mod counter;
 mod drain;
 mod invalidate;
 mod log;
@@ -26,16 +28,21 @@ mod msi;
 mod pin;
 mod remap;
 mod space;
+mod tlb;
+mod upstream;
 mod view;
 pub mod vtd;
 
 pub use addr::{Bdf, Gpa, Iova, SourceId};
+pub use counter::Counter;
 pub use invalidate::Invalidations;
 pub use memory::{DmaMemory, DmaSection};
 pub use msi::{MsiLine, MsiMessage, MsiSink};
 pub use pin::PinnedBuffers;
 pub use remap::{Context, FaultReason, Invalidation, Mapping, Remapper, Stage};
-pub use space::{BusMaster, DmaSpace};
+pub use space::DmaSpace;
+pub use tlb::IotlbGeometry;
+pub use upstream::{BusMaster, Upstream};
 
 /// What `drain` and `log` are made of; loom's in their tests.
 mod sync {

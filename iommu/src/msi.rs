@@ -22,6 +22,14 @@ pub trait MsiSink: Send + Sync {
     ///
     /// The host has no interrupt route or file descriptor left.
     fn open(&self, source: SourceId) -> io::Result<Arc<dyn MsiLine>>;
+
+    /// Delivers one message now, without a line: a write of `source` to the interrupt address range
+    /// that is not one of its vectors.
+    ///
+    /// # Errors
+    ///
+    /// The message cannot be delivered, or the host refuses it.
+    fn send(&self, source: SourceId, message: MsiMessage) -> io::Result<()>;
 }
 
 /// One interrupt source. Cheap to fire, dear to retarget.

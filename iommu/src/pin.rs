@@ -210,12 +210,12 @@ impl Drop for PinnedBuffers {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::GuestRam;
+    use crate::{GuestRam, SourceId, Upstream};
 
     fn memory() -> DmaMemory {
         let ram =
             GuestRam::from_ranges(&[(GuestAddress(0), 0x4000), (GuestAddress(0x10_0000), 0x2000)]);
-        let space = DmaSpace::new(ram.unwrap());
+        let space = DmaSpace::new(&Upstream::memory(ram.unwrap()), SourceId(0));
         space.set_bus_master(true);
         space.view()
     }

@@ -5,30 +5,33 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use crate::remap::Invalidation;
 use crate::view::View;
-use crate::{DmaMemory, GuestRam, Invalidations, MsiSink, SourceId};
+use crate::{DmaMemory, GuestRam, Invalidations, SourceId, Upstream};
 
 /// One PCI function's view of memory.
 pub struct DmaSpace {
     ram: GuestRam,
+    source: SourceId,
     bus_master: AtomicBool,
     invalidations: Arc<Invalidations>,
     views: Mutex<Vec<Weak<View>>>,
 }
 
 impl DmaSpace {
-    /// A space that maps addresses to `ram` one to one, with bus mastering off, as after reset.
-    pub fn new(ram: GuestRam) -> Arc<DmaSpace> {
+    /// The space of the function with id `source` below `upstream`, with bus mastering off, as after
+    /// reset.
+    pub fn new(upstream: &Upstream, source: SourceId) -> Arc<DmaSpace> {
         Arc::new(DmaSpace {
-            ram,
+            ram: upstream.ram.clone(),
+            source,
             bus_master: AtomicBool::new(false),
-            invalidations: Invalidations::new(),
+            invalidations: Arc::clone(&upstream.invalidations),
             views: Mutex::new(Vec::new()),
         })
     }
 
     /// A private view for one worker thread.
     pub fn view(self: &Arc<Self>) -> DmaMemory {
-        let view = Arc::new(View::new(SourceId(0)));
+        let view = Arc::new(View::new(self.source));
         let mut views = self.views.lock().unwrap_or_else(PoisonError::into_inner);
         views.retain(|view| view.strong_count() > 0);
         views.push(Arc::downgrade(&view));
@@ -68,17 +71,6 @@ impl DmaSpace {
     }
 }
 
-/// The only way in which a device reaches out: memory, interrupts and the id it does so under.
-#[derive(Clone)]
-pub struct BusMaster {
-    /// Memory as the function sees it.
-    pub dma: Arc<DmaSpace>,
-    /// Where the function's interrupt messages go.
-    pub msi: Arc<dyn MsiSink>,
-    /// The requester id on both.
-    pub source: SourceId,
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::AtomicBool;
@@ -91,7 +83,8 @@ mod tests {
     use crate::{Access, DmaError, Iova, PinnedBuffers};
 
     fn space() -> Arc<DmaSpace> {
-        DmaSpace::new(GuestRam::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap())
+        let ram = GuestRam::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap();
+        DmaSpace::new(&Upstream::memory(ram), SourceId(0))
     }
 
     #[test]

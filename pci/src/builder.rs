@@ -1,8 +1,8 @@
 //! Describing a function: identity, BARs, capabilities.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 
-use iommu::{Bdf, BusMaster, DmaSpace, GuestRam, MsiSink};
+use iommu::{Bdf, BusMaster, Upstream};
 
 use crate::BarIndex;
 use crate::config::{Config, VENDOR_BODY};
@@ -192,18 +192,13 @@ impl FunctionBuilder {
         self
     }
 
-    /// Makes the function. It masters `ram` and sends its interrupts to `sink`, both under the id of
-    /// `bdf`, once the guest sets Bus Master Enable.
+    /// Makes the function. It reaches memory and sends interrupts through `upstream`, both under the id
+    /// of `bdf`, once the guest sets Bus Master Enable.
     ///
     /// # Errors
     ///
     /// The description contradicts the specification or itself.
-    pub fn build(
-        self,
-        bdf: Bdf,
-        ram: &GuestRam,
-        sink: &Arc<dyn MsiSink>,
-    ) -> Result<Endpoint, BuildError> {
+    pub fn build(self, bdf: Bdf, upstream: &Upstream) -> Result<Endpoint, BuildError> {
         let mut config = Config::new();
         self.define_header(&mut config);
         let bars = self.define_bars(&mut config)?;
@@ -211,11 +206,7 @@ impl FunctionBuilder {
         self.define_capabilities(&mut config)?;
 
         let vectors = self.msix.as_ref().map_or(0, |plan| plan.vectors);
-        let master = BusMaster {
-            dma: DmaSpace::new(ram.clone()),
-            msi: Arc::clone(sink),
-            source: bdf.source_id(),
-        };
+        let master = BusMaster::new(upstream, bdf.source_id());
         Ok(Endpoint(Function {
             bdf,
             config: Mutex::new(config),

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use iommu::{Bdf, Gpa, GuestRam, MsiSink};
+use iommu::{Bdf, Gpa, GuestRam, Upstream};
 
 use crate::function::{Endpoint, Slot};
 use crate::interrupt::IntxLines;
@@ -112,11 +112,11 @@ impl RootComplex {
             subsystem: 0,
         };
         // The bridge sends nothing of its own, so it needs neither memory nor interrupts.
-        let (ram, sink): (_, Arc<dyn MsiSink>) = (GuestRam::new(), Arc::new(NoInterrupts));
+        let upstream = Upstream::memory(GuestRam::new());
         let bridge = FunctionBuilder::new(identity)
             .power_management(false)
             .express(false)
-            .build(Bdf::from_requester_id(0), &ram, &sink)?;
+            .build(Bdf::from_requester_id(0), &upstream)?;
         root.attach(bridge, Arc::new(HostBridge))?;
         Ok(root)
     }
@@ -311,15 +311,6 @@ impl RootComplex {
         let slot = self.functions.get(usize::from(devfn))?.get()?;
         let len = len.min(usize::from(4 - lane));
         Some((slot, u16::from(register) + lane, len))
-    }
-}
-
-/// The host bridge's interrupts: it has none.
-struct NoInterrupts;
-
-impl MsiSink for NoInterrupts {
-    fn open(&self, _source: iommu::SourceId) -> std::io::Result<Arc<dyn iommu::MsiLine>> {
-        Err(std::io::ErrorKind::Unsupported.into())
     }
 }
 

@@ -1,18 +1,7 @@
 //! Which descriptions make a function.
 
-use std::io;
-use std::sync::Arc;
-
-use iommu::{Bdf, GuestRam, MsiLine, MsiSink, SourceId};
+use iommu::{Bdf, GuestRam, Upstream};
 use pci::{BarIndex, BarKind, BuildError, ClassCode, FunctionBuilder, Identity};
-
-struct NoLines;
-
-impl MsiSink for NoLines {
-    fn open(&self, _source: SourceId) -> io::Result<Arc<dyn MsiLine>> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-}
 
 const WIDE: BarKind = BarKind::Memory64 {
     prefetchable: false,
@@ -34,9 +23,8 @@ fn function() -> FunctionBuilder {
 }
 
 fn build(builder: FunctionBuilder) -> Result<u16, BuildError> {
-    let sink: Arc<dyn MsiSink> = Arc::new(NoLines);
     let bdf = Bdf::new(0, 1, 0).unwrap();
-    let endpoint = builder.build(bdf, &GuestRam::new(), &sink)?;
+    let endpoint = builder.build(bdf, &Upstream::memory(GuestRam::new()))?;
     assert_eq!(endpoint.bdf(), bdf);
     assert_eq!(endpoint.bus_master().source, bdf.source_id());
     Ok(endpoint.msix().vectors())

@@ -45,6 +45,12 @@ impl Shared {
     fn log(&self) -> MutexGuard<'_, Vec<Delivery>> {
         self.log.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn deliver(&self, source: SourceId, message: MsiMessage) {
+        self.log().push(Delivery { source, message });
+        self.counts().entry(message).or_default().arrived += 1;
+        self.arrival.notify_all();
+    }
 }
 
 /// Records interrupt messages.
@@ -128,6 +134,12 @@ impl MsiSink for Recorder {
             message: Mutex::new(None),
         }))
     }
+
+    fn send(&self, source: SourceId, message: MsiMessage) -> io::Result<()> {
+        Self::check(&self.shared)?;
+        self.shared.deliver(source, message);
+        Ok(())
+    }
 }
 
 struct Line {
@@ -147,12 +159,7 @@ impl MsiLine for Line {
     fn fire(&self) {
         let message = *self.message.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(message) = message {
-            self.shared.log().push(Delivery {
-                source: self.source,
-                message,
-            });
-            self.shared.counts().entry(message).or_default().arrived += 1;
-            self.shared.arrival.notify_all();
+            self.shared.deliver(self.source, message);
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use iommu::{Bdf, Gpa, GuestRam, MsiSink};
+use iommu::{Bdf, Gpa, GuestRam, Upstream};
 use pci::{Endpoint, FunctionBuilder, PciDevice, RootComplex, Windows};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend};
 
@@ -29,7 +29,7 @@ pub mod layout {
 
 /// A machine without CPUs; see the [crate's page](crate).
 pub struct Machine {
-    ram: GuestRam,
+    upstream: Upstream,
     root: Arc<RootComplex>,
     interrupts: Arc<Recorder>,
     lines: Arc<Lines>,
@@ -55,10 +55,12 @@ impl Machine {
         let hub = Arc::clone(&events);
         let lines = Arc::<Lines>::default();
         let intx = Arc::clone(&lines);
+        let interrupts = Arc::<Recorder>::default();
+        let ram = GuestRam::from_ranges(&regions).expect("guest RAM");
         Arc::new(Machine {
-            ram: GuestRam::from_ranges(&regions).expect("guest RAM"),
+            upstream: Upstream::new(ram, Arc::<Recorder>::clone(&interrupts)),
             root: RootComplex::new(windows, hub, intx).expect("root complex"),
-            interrupts: Arc::default(),
+            interrupts,
             lines,
             events,
             // Page 0 is left out: address 0 is what an uninitialised pointer looks like.
@@ -70,8 +72,7 @@ impl Machine {
     /// Builds the function that is to be at 00:`device`.0.
     pub fn build(&self, builder: FunctionBuilder, device: u8) -> Endpoint {
         let bdf = Bdf::new(0, device, 0).expect("device number");
-        let sink: Arc<dyn MsiSink> = Arc::<Recorder>::clone(&self.interrupts);
-        builder.build(bdf, &self.ram, &sink).expect("function")
+        builder.build(bdf, &self.upstream).expect("function")
     }
 
     /// Puts a function on the bus.
@@ -79,9 +80,14 @@ impl Machine {
         self.root.attach(endpoint, device).expect("free slot");
     }
 
+    /// What functions are built on.
+    pub fn upstream(&self) -> &Upstream {
+        &self.upstream
+    }
+
     /// All RAM.
     pub fn ram(&self) -> &GuestRam {
-        &self.ram
+        &self.upstream.ram
     }
 
     /// The bus.
@@ -119,8 +125,8 @@ impl Machine {
     /// A CPU's load, as [`Machine::read`].
     pub fn load(&self, address: Gpa, data: &mut [u8]) {
         let at = GuestAddress(address.0);
-        if self.ram.check_range(at, data.len()) {
-            self.ram.read_slice(data, at).expect("RAM");
+        if self.upstream.ram.check_range(at, data.len()) {
+            self.upstream.ram.read_slice(data, at).expect("RAM");
         } else if !self.root.mmio_read(address, data) {
             data.fill(0xff);
         }
@@ -129,8 +135,8 @@ impl Machine {
     /// A CPU's store, as [`Machine::write`].
     pub fn store(&self, address: Gpa, data: &[u8]) {
         let at = GuestAddress(address.0);
-        if self.ram.check_range(at, data.len()) {
-            self.ram.write_slice(data, at).expect("RAM");
+        if self.upstream.ram.check_range(at, data.len()) {
+            self.upstream.ram.write_slice(data, at).expect("RAM");
         } else if !self.events.store(address.0, data) {
             self.root.mmio_write(address, data);
         }
@@ -139,7 +145,7 @@ impl Machine {
     /// Takes zeroed pages for DMA, `pages` in a row, below or above 4 GiB.
     pub fn dma(&self, side: Side, pages: u64) -> DmaBuffer {
         let address = Gpa(self.pages.take(side, pages));
-        DmaBuffer::new(self.ram.clone(), address, pages * PAGE_SIZE)
+        DmaBuffer::new(self.upstream.ram.clone(), address, pages * PAGE_SIZE)
     }
 
     /// Takes address space for a BAR: `size` bytes, a power of two, aligned to itself.

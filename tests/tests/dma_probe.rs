@@ -5,10 +5,8 @@ use std::time::Instant;
 
 use devices::dma_probe::spec::{self, command, status};
 use devices::dma_probe::{DmaProbe, ProbeStats};
-use iommu::{Bdf, MsiMessage, MsiSink};
-use tests::{
-    DmaBuffer, GuestBar, GuestFunction, Machine, PAGE_SIZE, Recorder, Side, TIMEOUT, layout,
-};
+use iommu::{Bdf, MsiMessage};
+use tests::{DmaBuffer, GuestBar, GuestFunction, Machine, PAGE_SIZE, Side, TIMEOUT, layout};
 
 const SLOT: u8 = 2;
 
@@ -23,8 +21,7 @@ impl Bench {
     fn new() -> Bench {
         let machine = Machine::new();
         let bdf = Bdf::new(0, SLOT, 0).unwrap();
-        let sink: Arc<dyn MsiSink> = Arc::<Recorder>::clone(machine.interrupts());
-        let (endpoint, device) = DmaProbe::new("probe0", bdf, machine.ram(), &sink).unwrap();
+        let (endpoint, device) = DmaProbe::new("probe0", bdf, machine.upstream()).unwrap();
         machine.attach(endpoint, Arc::<DmaProbe>::clone(&device));
         let function = GuestFunction::probe(&machine, SLOT);
         let bar = function.bar(0);

@@ -5,9 +5,9 @@ use std::time::Instant;
 
 use devices::edu::spec::{self, command, interrupt, status};
 use devices::edu::{Edu, EduError, EduOptions, EduStats};
-use iommu::{Bdf, MsiSink};
+use iommu::Bdf;
 use pci::spec as pci_spec;
-use tests::{DmaBuffer, GuestBar, GuestFunction, Machine, PAGE_SIZE, Recorder, Side, TIMEOUT};
+use tests::{DmaBuffer, GuestBar, GuestFunction, Machine, PAGE_SIZE, Side, TIMEOUT};
 
 const SLOT: u8 = 4;
 /// Line of INTA in this slot.
@@ -22,9 +22,8 @@ struct Bench {
 
 fn make(machine: &Machine, dma_mask_bits: u8) -> Result<(pci::Endpoint, Arc<Edu>), EduError> {
     let bdf = Bdf::new(0, SLOT, 0).unwrap();
-    let sink: Arc<dyn MsiSink> = Arc::<Recorder>::clone(machine.interrupts());
     let options = EduOptions { dma_mask_bits };
-    Edu::new("edu0", options, bdf, machine.ram(), &sink)
+    Edu::new("edu0", options, bdf, machine.upstream())
 }
 
 impl Bench {

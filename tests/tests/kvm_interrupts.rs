@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use iommu::{Bdf, GuestRam, MsiLine, MsiMessage, MsiSink};
+use iommu::{Bdf, GuestRam, MsiLine, MsiMessage, MsiSink, Upstream};
 use kvm_common::{elf, host};
 use pci::{BarIndex, BarKind, ClassCode, FunctionBuilder, Identity, IoEvent, IoEventHub, IoLength};
 use vmm::boot::{BootFiles, load};
@@ -284,7 +284,7 @@ fn a_masked_vector_waits_for_its_unmasking() {
     let endpoint = FunctionBuilder::new(identity)
         .bar(BarIndex(0), 0x1000, BarKind::Memory32)
         .msix(4, (BarIndex(0), 0), (BarIndex(0), 0x800))
-        .build(bdf(), &bench.ram, &sink)
+        .build(bdf(), &Upstream::new(bench.ram.clone(), sink))
         .unwrap();
     let msix = endpoint.msix();
     root.attach(endpoint, Arc::new(Nothing)).unwrap();

@@ -295,9 +295,8 @@ fn reset_waits_for_commands_in_flight() {
 #[test]
 fn bad_configurations_name_the_field() {
     use devices::nvme::{Config, Nvme};
-    use iommu::{Bdf, MsiSink};
+    use iommu::Bdf;
     let machine = Machine::new();
-    let sink: Arc<dyn MsiSink> = machine.interrupts().clone();
     let disk = || MemoryBackend::new(1 << 20).unwrap() as Arc<dyn devices::block::BlockBackend>;
     let small = MemoryBackend::new(512).unwrap();
     let base = config(vec![(1, disk(), 512)]);
@@ -353,7 +352,7 @@ fn bad_configurations_name_the_field() {
         (config(vec![(1, small, 4096)]), "smaller than one block"),
     ];
     for (config, message) in cases {
-        let made = Nvme::new(config, Bdf::new(0, 1, 0).unwrap(), machine.ram(), &sink);
+        let made = Nvme::new(config, Bdf::new(0, 1, 0).unwrap(), machine.upstream());
         let error = made.err().expect("refused").to_string();
         assert!(error.contains(message), "{error}");
     }

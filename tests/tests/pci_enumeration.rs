@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use iommu::{Bdf, DmaError, Gpa, MsiSink};
+use iommu::{Bdf, DmaError, Gpa};
 use pci::{AttachError, BarIndex, RootComplex, RootError, Windows, spec};
 use tests::{Call, GuestFunction, Machine, Side, TIMEOUT, TestDevice, layout};
 
@@ -40,11 +40,10 @@ fn functions_are_found_and_described() {
 #[test]
 fn other_functions_show_only_with_the_multi_function_bit() {
     let machine = Machine::new();
-    let sink: Arc<dyn MsiSink> = Arc::<tests::Recorder>::clone(machine.interrupts());
     for number in [2, 0] {
         let bdf = Bdf::new(0, 4, number).unwrap();
         let endpoint = TestDevice::builder(1)
-            .build(bdf, machine.ram(), &sink)
+            .build(bdf, machine.upstream())
             .unwrap();
         let device = TestDevice::new(&endpoint);
         machine.attach(endpoint, device);
@@ -58,11 +57,10 @@ fn other_functions_show_only_with_the_multi_function_bit() {
 fn a_place_is_given_once_and_only_on_bus_0() {
     let machine = Machine::new();
     TestDevice::plug(&machine, 3, 1);
-    let sink: Arc<dyn MsiSink> = Arc::<tests::Recorder>::clone(machine.interrupts());
     for (bus, device) in [(0, 3), (1, 0), (0, 0)] {
         let bdf = Bdf::new(bus, device, 0).unwrap();
         let endpoint = TestDevice::builder(1)
-            .build(bdf, machine.ram(), &sink)
+            .build(bdf, machine.upstream())
             .unwrap();
         let device = TestDevice::new(&endpoint);
         let error = machine.root().attach(endpoint, device).unwrap_err();

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 
-use iommu::{Access, DmaMemory, DmaSpace, GuestRam, Iova, PinnedBuffers};
+use iommu::{Access, DmaMemory, DmaSpace, GuestRam, Iova, PinnedBuffers, SourceId, Upstream};
 use vm_memory::GuestAddress;
 
 use super::{BlockBackend, BlockCompletion, BlockOp, BlockQueue, BlockRequest};
@@ -46,7 +46,10 @@ impl User {
 
     pub fn with_depth(backend: Arc<dyn BlockBackend>, depth: u16) -> User {
         let ram = usize::try_from(RAM).unwrap();
-        let space = DmaSpace::new(GuestRam::from_ranges(&[(GuestAddress(0), ram)]).unwrap());
+        let space = DmaSpace::new(
+            &Upstream::memory(GuestRam::from_ranges(&[(GuestAddress(0), ram)]).unwrap()),
+            SourceId(0),
+        );
         space.set_bus_master(true);
         User {
             queue: backend.open_queue(depth).unwrap(),

@@ -42,7 +42,7 @@ pub mod spec;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use iommu::{Bdf, GuestRam, MsiSink};
+use iommu::{Bdf, Upstream};
 use pci::{BarIndex, BarKind, ClassCode, Endpoint, FunctionBuilder, Identity, PciDevice};
 use serde::Serialize;
 
@@ -126,8 +126,7 @@ impl DmaProbe {
     pub fn new(
         name: &str,
         bdf: Bdf,
-        ram: &GuestRam,
-        sink: &Arc<dyn MsiSink>,
+        upstream: &Upstream,
     ) -> Result<(Endpoint, Arc<DmaProbe>), ProbeError> {
         let endpoint = FunctionBuilder::new(Identity {
             vendor: spec::VENDOR_ID,
@@ -143,7 +142,7 @@ impl DmaProbe {
             subsystem: spec::DEVICE_ID,
         })
         .bar(BAR, spec::BAR_LEN, BarKind::Memory32)
-        .build(bdf, ram, sink)?;
+        .build(bdf, upstream)?;
         let shared = Arc::<Shared>::default();
         let task = Engine::new(Arc::clone(&shared), endpoint.bus_master());
         let worker = Worker::spawn(name, &Kick::new()?, task, WorkerOptions::default())?;

@@ -66,7 +66,7 @@ use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use iommu::{Bdf, GuestRam, MsiSink};
+use iommu::{Bdf, Upstream};
 use pci::{
     BarIndex, BarKind, ClassCode, Endpoint, FunctionBuilder, Identity, InterruptPin, IntxPin,
     MsiVector, PciDevice,
@@ -235,8 +235,7 @@ impl Edu {
         name: &str,
         options: EduOptions,
         bdf: Bdf,
-        ram: &GuestRam,
-        sink: &Arc<dyn MsiSink>,
+        upstream: &Upstream,
     ) -> Result<(Endpoint, Arc<Edu>), EduError> {
         let bits = options.dma_mask_bits;
         if !(12..=64).contains(&bits) {
@@ -258,7 +257,7 @@ impl Edu {
         .bar(BAR, spec::BAR_LEN, BarKind::Memory32)
         .intx(InterruptPin::A)
         .msi(1)
-        .build(bdf, ram, sink)?;
+        .build(bdf, upstream)?;
         let shared = Arc::new(Shared {
             name: name.to_owned(),
             dma_mask: u64::MAX >> (64 - u32::from(bits)),

@@ -50,7 +50,7 @@ mod workers;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use iommu::{Bdf, GuestRam, MsiSink};
+use iommu::{Bdf, Upstream};
 use pci::{BarIndex, BarKind, ClassCode, Endpoint, FunctionBuilder, Identity, PciDevice};
 
 use self::admin::AdminTask;
@@ -109,8 +109,7 @@ impl Nvme {
     pub fn new(
         config: Config,
         bdf: Bdf,
-        ram: &GuestRam,
-        sink: &Arc<dyn MsiSink>,
+        upstream: &Upstream,
     ) -> Result<(Endpoint, Arc<Nvme>), NvmeError> {
         let namespaces = config.validate()?;
         let vectors = config.max_queue_pairs + 1;
@@ -134,7 +133,7 @@ impl Nvme {
             },
         )
         .msix(vectors, (BAR, MSIX_TABLE), (BAR, MSIX_PBA))
-        .build(bdf, ram, sink)?;
+        .build(bdf, upstream)?;
 
         let name = format!("nvme-{bdf}");
         let shared = Arc::new(Shared::new(

@@ -114,7 +114,7 @@ pub(super) fn walk(
 
 #[cfg(test)]
 mod tests {
-    use iommu::{DmaSpace, GuestRam};
+    use iommu::{DmaSpace, GuestRam, SourceId, Upstream};
     use proptest::prelude::*;
     use vm_memory::GuestAddress;
 
@@ -124,7 +124,10 @@ mod tests {
 
     fn memory() -> DmaMemory {
         let size = usize::try_from(RAM).unwrap();
-        let space = DmaSpace::new(GuestRam::from_ranges(&[(GuestAddress(0), size)]).unwrap());
+        let space = DmaSpace::new(
+            &Upstream::memory(GuestRam::from_ranges(&[(GuestAddress(0), size)]).unwrap()),
+            SourceId(0),
+        );
         space.set_bus_master(true);
         space.view()
     }

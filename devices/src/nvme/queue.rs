@@ -232,14 +232,17 @@ impl Drop for CompletionQueue {
 
 #[cfg(test)]
 mod tests {
-    use iommu::{DmaSpace, GuestRam};
+    use iommu::{DmaSpace, GuestRam, SourceId, Upstream};
     use vm_memory::GuestAddress;
 
     use super::*;
     use crate::nvme::spec::command::Status;
 
     fn memory() -> DmaMemory {
-        let space = DmaSpace::new(GuestRam::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap());
+        let space = DmaSpace::new(
+            &Upstream::memory(GuestRam::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap()),
+            SourceId(0),
+        );
         space.set_bus_master(true);
         space.view()
     }

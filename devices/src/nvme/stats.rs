@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::counter::Counter;
+use iommu::Counter;
 
 /// Counters of one queue id, over the controller's life. All but the interrupts belong to the
 /// submission queue; its worker is the only writer while the queue exists.

@@ -125,10 +125,13 @@ pub fn advance(slices: &mut Slices<'_>, first: usize, mut count: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use iommu::{DmaSpace, GuestRam, Iova};
+    use iommu::{DmaSpace, GuestRam, Iova, SourceId, Upstream};
 
     fn memory() -> DmaMemory {
-        let space = DmaSpace::new(GuestRam::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap());
+        let space = DmaSpace::new(
+            &Upstream::memory(GuestRam::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap()),
+            SourceId(0),
+        );
         space.set_bus_master(true);
         space.view()
     }

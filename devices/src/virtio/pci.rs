@@ -4,7 +4,7 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use iommu::{Bdf, DmaSpace, GuestRam, MsiSink};
+use iommu::{Bdf, DmaSpace, Upstream};
 use pci::{
     BarIndex, BarKind, BuildError, Endpoint, FunctionBuilder, Identity, IoEvent, IoLength,
     PciDevice,
@@ -84,8 +84,7 @@ impl VirtioPci {
         name: &str,
         device: Arc<dyn VirtioDevice>,
         bdf: Bdf,
-        ram: &GuestRam,
-        sink: &Arc<dyn MsiSink>,
+        upstream: &Upstream,
     ) -> Result<(Endpoint, Arc<VirtioPci>), NewError> {
         let sizes = device.queue_sizes();
         if sizes.len() > MAX_QUEUES {
@@ -96,7 +95,7 @@ impl VirtioPci {
                 return Err(NewError::QueueSize { queue, size });
             }
         }
-        let endpoint = describe(&*device, sizes.len()).build(bdf, ram, sink)?;
+        let endpoint = describe(&*device, sizes.len()).build(bdf, upstream)?;
         let msix = endpoint.msix();
         let vectors = (0..msix.vectors()).filter_map(|i| msix.vector(i)).collect();
         let transport = Arc::new(Transport::new(name.to_owned(), vectors, sizes.len()));

@@ -428,14 +428,17 @@ pub fn classify(mem: &DmaMemory, fault: Fault) -> RingError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use iommu::{DmaSpace, GuestRam};
+    use iommu::{DmaSpace, GuestRam, SourceId, Upstream};
 
     const DESC: u64 = 0x1000;
     const AVAIL: u64 = 0x2000;
     const USED: u64 = 0x3000;
 
     fn memory() -> DmaMemory {
-        let space = DmaSpace::new(GuestRam::from_ranges(&[(GuestAddress(0), 0x8000)]).unwrap());
+        let space = DmaSpace::new(
+            &Upstream::memory(GuestRam::from_ranges(&[(GuestAddress(0), 0x8000)]).unwrap()),
+            SourceId(0),
+        );
         space.set_bus_master(true);
         space.view()
     }

@@ -1,6 +1,6 @@
 //! What a worker has done, readable from other threads.
 
-use crate::counter::Counter;
+use iommu::Counter;
 
 /// Totals since the worker was spawned.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -29,9 +29,6 @@ use crate::{DmaError, GuestRam, Iova, MsiLine, MsiMessage, MsiSink, SourceId};
 /// Value of [`Line::index`] when the line uses no table entry.
 const NO_INDEX: u32 = u32::MAX;
 
-/// Routes kept for messages that devices write themselves.
-const WRITTEN: usize = 16;
-
 /// The interrupt half of a unit.
 pub(super) struct Remapper {
     ram: GuestRam,
@@ -40,19 +37,10 @@ pub(super) struct Remapper {
     /// [`Table`].
     table: AtomicU64,
     lines: Mutex<Vec<Weak<Line>>>,
-    written: Mutex<Written>,
     /// Requests that passed through lines which are gone, and those that devices wrote.
     passed: AtomicU64,
     blocked: AtomicU64,
     log: Mutex<Limit>,
-}
-
-/// Routes of messages that devices have written as memory writes: an inner line for each message, so
-/// that one never takes another's route while it is on its way.
-#[derive(Default)]
-struct Written {
-    lines: Vec<(MsiMessage, Arc<dyn MsiLine>)>,
-    oldest: usize,
 }
 
 impl Remapper {
@@ -63,7 +51,6 @@ impl Remapper {
             faults,
             table: AtomicU64::new(0),
             lines: Mutex::new(Vec::new()),
-            written: Mutex::new(Written::default()),
             passed: AtomicU64::new(0),
             blocked: AtomicU64::new(0),
             log: Mutex::new(Limit::default()),
@@ -127,10 +114,10 @@ impl Remapper {
         match remap(&self.ram, self.table(), Some(source), message) {
             Ok(target) => {
                 self.passed.fetch_add(1, Ordering::Relaxed);
-                if let Err(error) = self.deliver(source, target)
+                if let Err(error) = self.inner.send(source, target)
                     && let Some(dropped) = lock(&self.log).allow(Instant::now())
                 {
-                    tracing::warn!(dropped, %error, "VT-d: no route for an interrupt that a device wrote");
+                    tracing::warn!(dropped, %error, "VT-d: cannot deliver an interrupt that a device wrote");
                 }
                 Ok(())
             }
@@ -143,24 +130,6 @@ impl Remapper {
                 })
             }
         }
-    }
-
-    fn deliver(&self, source: SourceId, message: MsiMessage) -> io::Result<()> {
-        let mut written = lock(&self.written);
-        if let Some((_, line)) = written.lines.iter().find(|(known, _)| *known == message) {
-            line.fire();
-            return Ok(());
-        }
-        let line = self.inner.open(source)?;
-        line.retarget(message)?;
-        line.fire();
-        let oldest = written.oldest;
-        match written.lines.get_mut(oldest) {
-            Some(place) => *place = (message, line),
-            None => written.lines.push((message, line)),
-        }
-        written.oldest = (oldest + 1) % WRITTEN;
-        Ok(())
     }
 
     /// Records what a blocked request calls for.
@@ -212,6 +181,10 @@ impl MsiSink for RemappingSink {
     fn open(&self, source: SourceId) -> io::Result<Arc<dyn MsiLine>> {
         let inner = self.0.inner.open(source)?;
         Ok(self.0.wrap(source, true, inner))
+    }
+
+    fn send(&self, source: SourceId, message: MsiMessage) -> io::Result<()> {
+        self.0.write(source, message).map_err(io::Error::other)
     }
 }
 

@@ -52,6 +52,7 @@ mod tests;
 mod unit;
 pub mod walk;
 
+pub use crate::IotlbGeometry;
 pub use counters::{InvalidationCounters, UnitCounters};
-pub use options::{AddressWidths, IotlbGeometry, LargePages, Options};
+pub use options::{AddressWidths, LargePages, Options};
 pub use unit::Unit;

@@ -1,5 +1,7 @@
 //! What the unit offers.
 
+use crate::IotlbGeometry;
+
 use super::spec::capability::{
     FAULT_RECORDING_REGISTERS, IOTLB_REGISTERS, MAX_FAULT_RECORDS, cap, ecap,
 };
@@ -44,15 +46,6 @@ pub struct LargePages {
     pub mib_2: bool,
     /// 1 GiB.
     pub gib_1: bool,
-}
-
-/// Size of each worker's IOTLB: `sets * ways` translations. Sets are a power of two.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct IotlbGeometry {
-    /// Number of sets, a power of two, 1 to 65536.
-    pub sets: u32,
-    /// Entries in a set, 1 to 64.
-    pub ways: u32,
 }
 
 /// What the unit offers and how large its caches are. [`Options::default`] is what a machine gets that
@@ -133,7 +126,7 @@ impl Default for Options {
             device_tlb: false,
             interrupt_remapping: true,
             extended_interrupt_mode: true,
-            iotlb: IotlbGeometry { sets: 64, ways: 4 },
+            iotlb: IotlbGeometry::default(),
             fault_records: 8,
         }
     }

@@ -8,12 +8,11 @@ use std::time::{Duration, Instant};
 
 use devices::block::MemoryBackend;
 use devices::nvme::{Config, NamespaceConfig, Nvme};
-use iommu::{Bdf, Gpa, MsiSink};
+use iommu::{Bdf, Gpa};
 use pci::spec;
 
 use super::Input;
 use crate::function::{GuestBar, GuestFunction};
-use crate::interrupts::Recorder;
 use crate::machine::{Machine, layout};
 use crate::memory::{DmaBuffer, PAGE_SIZE, Side};
 
@@ -81,8 +80,7 @@ pub fn nvme(data: &[u8]) {
         ..Config::default()
     };
     let bdf = Bdf::new(0, SLOT, 0).expect("slot");
-    let sink: Arc<dyn MsiSink> = Arc::<Recorder>::clone(machine.interrupts());
-    let (endpoint, device) = Nvme::new(config, bdf, machine.ram(), &sink).expect("controller");
+    let (endpoint, device) = Nvme::new(config, bdf, machine.upstream()).expect("controller");
     machine.attach(endpoint, device);
 
     let function = GuestFunction::probe(&machine, SLOT);

@@ -30,9 +30,9 @@ use std::sync::Arc;
 
 use devices::block::BlockBackend;
 use devices::nvme::{Config, NamespaceConfig, Nvme};
-use iommu::{Bdf, MsiSink};
+use iommu::Bdf;
 
-use crate::{Machine, Recorder};
+use crate::Machine;
 
 pub use command::Command;
 pub use driver::{Driver, Enable};
@@ -59,8 +59,7 @@ pub fn config(namespaces: Vec<(u32, Arc<dyn BlockBackend>, u32)>) -> Config {
 /// Puts a controller on the bus, in slot `device`.
 pub fn attach(machine: &Machine, device: u8, config: Config) -> Arc<Nvme> {
     let bdf = Bdf::new(0, device, 0).expect("device number");
-    let sink: Arc<dyn MsiSink> = Arc::<Recorder>::clone(machine.interrupts());
-    let (endpoint, nvme) = Nvme::new(config, bdf, machine.ram(), &sink).expect("controller");
+    let (endpoint, nvme) = Nvme::new(config, bdf, machine.upstream()).expect("controller");
     machine.attach(endpoint, Arc::<Nvme>::clone(&nvme));
     nvme
 }

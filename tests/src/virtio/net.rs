@@ -5,7 +5,7 @@ use std::sync::Arc;
 use devices::net::NetBackend;
 use devices::virtio::VirtioPci;
 use devices::virtio::net::{Config, VirtioNet};
-use iommu::{Bdf, MsiSink};
+use iommu::Bdf;
 
 use super::eventually;
 use super::function::{VirtioFunction, status};
@@ -166,9 +166,8 @@ impl NetDriver {
         adjust(&mut config);
         let device = VirtioNet::new(config).expect("configuration");
         let bdf = Bdf::new(0, 3, 0).expect("slot");
-        let sink: Arc<dyn MsiSink> = Arc::<crate::Recorder>::clone(machine.interrupts());
         let (endpoint, function) =
-            VirtioPci::new("net0", Arc::clone(&device) as _, bdf, machine.ram(), &sink)
+            VirtioPci::new("net0", Arc::clone(&device) as _, bdf, machine.upstream())
                 .expect("function");
         machine.attach(endpoint, function);
         let mut virtio = VirtioFunction::probe(&machine, 3);

@@ -8,7 +8,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use iommu::{MsiLine, MsiMessage, MsiSink, SourceId};
-use kvm_bindings::{KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry};
+use kvm_bindings::{KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry, kvm_msi};
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -86,6 +86,22 @@ impl MsiSink for KvmMsiSink {
                 Err(error)
             }
         }
+    }
+
+    fn send(&self, _source: SourceId, message: MsiMessage) -> io::Result<()> {
+        let [a, b, c, d, e, f, g, h] = message.address.to_le_bytes();
+        let msi = kvm_msi {
+            address_lo: u32::from_le_bytes([a, b, c, d]),
+            address_hi: u32::from_le_bytes([e, f, g, h]),
+            data: message.data,
+            ..Default::default()
+        };
+        // Zero: the guest blocked it, as when no local APIC has the id.
+        self.shared
+            .vm
+            .signal_msi(msi)
+            .map(drop)
+            .map_err(|e| io::Error::from_raw_os_error(e.errno()))
     }
 }
 

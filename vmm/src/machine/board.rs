@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::sync::Arc;
 
-use iommu::{GuestRam, MsiSink};
+use iommu::{GuestRam, Upstream};
 use kvm_ioctls::VmFd;
 use pci::{IntxSink, RootComplex, Windows};
 
@@ -72,8 +72,8 @@ impl Board {
         let serial = Serial::new(Arc::clone(&ioapic), output, Arc::clone(&panic))
             .map_err(MachineError::Host)?;
         let serial = Arc::new(serial);
-        let sink: Arc<dyn MsiSink> = sink;
-        let devices = Devices::attach(spec, backends, &root, &ram, &sink)?;
+        let upstream = Upstream::new(ram.clone(), sink);
+        let devices = Devices::attach(spec, backends, &root, &upstream)?;
         trace.step("devices made");
 
         let acpi = AcpiConfig {

@@ -12,7 +12,7 @@ use devices::virtio::net::{self, VirtioNet};
 use devices::virtio::vsock::VirtioVsock;
 use devices::virtio::{VirtioDevice, VirtioPci};
 use devices::worker::WorkerOptions;
-use iommu::{Bdf, GuestRam, MsiSink};
+use iommu::{Bdf, Upstream};
 use pci::{Endpoint, PciDevice, RootComplex};
 use serde::Serialize;
 
@@ -88,13 +88,11 @@ impl Devices {
         spec: &MachineSpec,
         backends: &Backends,
         root: &Arc<RootComplex>,
-        ram: &GuestRam,
-        sink: &Arc<dyn MsiSink>,
+        upstream: &Upstream,
     ) -> Result<Devices, MachineError> {
         let mut slots = Slots {
             root,
-            ram,
-            sink,
+            upstream,
             next: 1,
             devices: Vec::new(),
         };
@@ -129,7 +127,7 @@ impl Devices {
                 dma_mask_bits: edu.dma_mask,
             };
             let bdf = slots.next()?;
-            let (endpoint, device) = Edu::new(&edu.name, options, bdf, slots.ram, slots.sink)
+            let (endpoint, device) = Edu::new(&edu.name, options, bdf, slots.upstream)
                 .map_err(|error| MachineError::device("--edu", &edu.name, error))?;
             let counters = Arc::clone(&device);
             let counters = move || json(&counters.stats());
@@ -138,7 +136,7 @@ impl Devices {
         for probe in &spec.dma_probe {
             let (option, name) = ("--dma-probe", &probe.name);
             let bdf = slots.next()?;
-            let (endpoint, device) = DmaProbe::new(name, bdf, slots.ram, slots.sink)
+            let (endpoint, device) = DmaProbe::new(name, bdf, slots.upstream)
                 .map_err(|error| MachineError::device(option, name, error))?;
             let counters = Arc::clone(&device);
             let counters = move || json(&counters.stats());
@@ -169,8 +167,7 @@ fn json(stats: &impl Serialize) -> serde_json::Value {
 /// Hands out places on bus 0.
 struct Slots<'a> {
     root: &'a Arc<RootComplex>,
-    ram: &'a GuestRam,
-    sink: &'a Arc<dyn MsiSink>,
+    upstream: &'a Upstream,
     next: u8,
     devices: Vec<Device>,
 }
@@ -202,7 +199,7 @@ impl Slots<'_> {
             ..nvme::Config::default()
         };
         let bdf = self.next()?;
-        let (endpoint, device) = Nvme::new(config, bdf, self.ram, self.sink)
+        let (endpoint, device) = Nvme::new(config, bdf, self.upstream)
             .map_err(|error| MachineError::device(option, &spec.name, error))?;
         let counters = Arc::clone(&device);
         let counters = move || json(&counters.stats());
@@ -218,7 +215,7 @@ impl Slots<'_> {
         counters: impl Fn() -> serde_json::Value + Send + Sync + 'static,
     ) -> Result<(), MachineError> {
         let bdf = self.next()?;
-        let (endpoint, function) = VirtioPci::new(name, device, bdf, self.ram, self.sink)
+        let (endpoint, function) = VirtioPci::new(name, device, bdf, self.upstream)
             .map_err(|error| MachineError::device(option, name, error))?;
         self.plug(option, name, kind, endpoint, function, counters)
     }

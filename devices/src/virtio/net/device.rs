@@ -14,11 +14,11 @@ use super::receive::Receive;
 use super::spec::{self, config as layout, feature};
 use super::stats::{NetStats, PairStats, QueueCounters};
 use super::transmit::Transmit;
-use crate::counter::Counter;
 use crate::net::{NetBackend, NetQueue, Offloads};
 use crate::virtio::spec::device_id;
 use crate::virtio::{Activation, DmaTask, Transport, VirtioDevice, Virtqueue};
 use crate::worker::{Coalesce, Kick, PollPolicy, Worker, WorkerOptions};
+use iommu::Counter;
 
 /// Entries of the control queue.
 const CONTROL_QUEUE_SIZE: u16 = 64;

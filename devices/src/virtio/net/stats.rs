@@ -2,8 +2,8 @@
 
 use serde::Serialize;
 
-use crate::counter::Counter;
 use crate::worker::WorkerStats;
+use iommu::Counter;
 
 /// Totals of one queue since the device was made; resets do not clear them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use iommu::{DmaMemory, DmaSpace, GuestRam, Iova};
+use iommu::{DmaMemory, DmaSpace, GuestRam, Iova, SourceId, Upstream};
 use proptest::prelude::*;
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -126,7 +126,10 @@ impl Guest {
         let path = dir.path().join("vsock");
         let listener = UnixListener::bind(&path).unwrap();
         listener.set_nonblocking(true).unwrap();
-        let space = DmaSpace::new(GuestRam::from_ranges(&[(GuestAddress(0), 0x40_0000)]).unwrap());
+        let space = DmaSpace::new(
+            &Upstream::memory(GuestRam::from_ranges(&[(GuestAddress(0), 0x40_0000)]).unwrap()),
+            SourceId(0),
+        );
         space.set_bus_master(true);
         let transport = Arc::new(Transport::new("vsock".into(), Vec::new(), 3));
         let counters = Arc::new(Counters::default());
@@ -959,7 +962,10 @@ fn the_worker_serves_and_a_reset_ends_connections() {
     let mut stream = UnixStream::connect(&path).unwrap();
     stream.write_all(b"CONNECT 9\n").unwrap();
     for _ in 0..3 {
-        let space = DmaSpace::new(GuestRam::from_ranges(&[(GuestAddress(0), 0x40_0000)]).unwrap());
+        let space = DmaSpace::new(
+            &Upstream::memory(GuestRam::from_ranges(&[(GuestAddress(0), 0x40_0000)]).unwrap()),
+            SourceId(0),
+        );
         space.set_bus_master(true);
         let mem = space.view();
         let mut rx = DriverRing {

@@ -91,6 +91,11 @@ impl MsiSink for Sink {
             message: Mutex::new(None),
         }))
     }
+
+    fn send(&self, source: SourceId, message: MsiMessage) -> io::Result<()> {
+        self.0.delivered.lock().unwrap().push((source, message));
+        Ok(())
+    }
 }
 
 impl MsiLine for HostLine {

@@ -26,6 +26,11 @@ impl MsiSink for CountingSink {
             Mutex::new(None),
         )))
     }
+
+    fn send(&self, _source: SourceId, message: MsiMessage) -> io::Result<()> {
+        self.0.0[(message.data & 0xff) as usize].fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
 }
 
 impl MsiLine for CountingLine {
