@@ -111,7 +111,7 @@ fn bad_input() {
         ),
         (
             &["run", "--image", "debian-11"],
-            "--image: `debian-11` is not an image: use debian-12 or debian-13",
+            "--image: `debian-11` is not an image: use debian-12, debian-13, debian-12-dpdk or debian-13-dpdk",
         ),
         (
             &["run", "--nvme", "none.img"],
@@ -211,7 +211,7 @@ fn bad_input() {
         ),
         (
             &["image", "path", "debian-11"],
-            "debian-11: `debian-11` is not an image: use debian-12 or debian-13",
+            "debian-11: `debian-11` is not an image: use debian-12, debian-13, debian-12-dpdk or debian-13-dpdk",
         ),
         (
             &["demo", "--size", "100K"],

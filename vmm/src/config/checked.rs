@@ -111,7 +111,9 @@ impl fmt::Display for Mac {
 /// It is no image's name; the text says which there are.
 pub fn image_name(name: &str) -> Result<ImageName, String> {
     ImageName::parse(name).map_err(|_| {
-        format!("`{name}` is not an image: use debian-12 or debian-13, or with -dpdk after it")
+        format!(
+            "`{name}` is not an image: use debian-12, debian-13, debian-12-dpdk or debian-13-dpdk"
+        )
     })
 }
 

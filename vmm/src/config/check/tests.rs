@@ -87,7 +87,7 @@ fn bad_input() {
         ),
         (
             "image = \"debian-11\"",
-            "--image: `debian-11` is not an image: use debian-12 or debian-13, or with -dpdk after it",
+            "--image: `debian-11` is not an image: use debian-12, debian-13, debian-12-dpdk or debian-13-dpdk",
         ),
         (
             "image = \"debian-12\"\nkernel = \"k\"",
