@@ -17,6 +17,8 @@
         .set    ECAM, 0xe0000000
         .set    IOAPIC, 0xfec00000
         .set    LAPIC, 0xfee00000
+        .set    VTD, 0xfed90000
+        .set    VTD_RTADDR, 0x20
         .set    PIN4, 0x18              # Index of pin 4's redirection entry.
         .set    PIN17, 0x32             # Index of pin 17's: INTA of device 1.
         .set    DEVICE1, ECAM + 0x8000
@@ -210,6 +212,16 @@ nowhere:
         mov     dword ptr [rbx], 1
         mov     edi, [rbx]
         jmp     hex
+
+# The remapping unit's root table address, before and after it is set; then a restart.
+vtd:    mov     ebx, VTD + VTD_RTADDR
+        mov     edi, [rbx]
+        call    hex
+        mov     dword ptr [rbx], 0x5000
+        mov     dword ptr [rbx + 4], 0
+        mov     edi, [rbx]
+        call    hex
+        jmp     reset
 
 # The second part of RAM.
 high:   mov     rbx, HIGH_MEMORY
@@ -535,6 +547,7 @@ programs:
         program 'm', msi
         program 'w', report
         program 's', second
+        program 'v', vtd
         .byte   0
 
 text_unknown:

@@ -106,6 +106,20 @@ fn bad_input() {
             "--kernel none: no such file: give the path of a bzImage or an ELF kernel",
         ),
         (
+            &["run", "--iommu", "amd"],
+            "invalid value 'amd' for '--iommu <off|intel[,KEY=VALUE...]>': say which first: intel \
+             or off",
+        ),
+        (
+            &["run", "--iommu", "intel,x2apic=on,interrupt-remapping=off"],
+            "--iommu x2apic=on: needs interrupt-remapping=on: only remapped interrupts have 32-bit \
+             destinations",
+        ),
+        (
+            &["run", "--iommu", "intel,trace=none/trace"],
+            "--iommu trace=none/trace: its folder does not exist: make it first",
+        ),
+        (
             &["run", "--kernel", "bad.toml", "--initrd", "none"],
             "--initrd none: no such file: give the path of an initial RAM file system",
         ),
@@ -281,6 +295,8 @@ fn the_printed_configuration_loads_as_the_same() {
         "c",
         "--vsock",
         "cid=9,socket=v",
+        "--iommu",
+        "intel,scalable=on,iotlb=128x2",
         "--trace-boot",
         "--nvme",
         "a,,b.img,direct,serial=S,queues=2",
@@ -309,6 +325,8 @@ fn the_printed_configuration_loads_as_the_same() {
         "serial = \"file:s.log\"",
         "trace-boot = true",
         "cid = 9",
+        "kind = \"intel\"",
+        "iotlb = \"128x2\"",
     ] {
         assert!(toml.contains(line), "{line} is not in\n{toml}");
     }

@@ -137,7 +137,7 @@ pub struct MachineConfig {
     /// must flush its tables from the CPU's caches), interrupt-remapping [on], x2apic [on if the
     /// host's KVM can] (32-bit destinations, EIM). Others: address-width=39|48|57 bits [48],
     /// largest-page=4K|2M|1G [1G], iotlb=SETSxWAYS of each worker [64x4; up to 4096x16],
-    /// fault-registers=1..64 [8], trace=FILE (gets each access to the unit's registers).
+    /// fault-registers=1..64 [8], trace=FILE (gets what the driver does with registers and queue).
     #[arg(
         long,
         value_name = "off|intel[,KEY=VALUE...]",

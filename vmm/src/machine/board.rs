@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::sync::Arc;
 
-use iommu::{GuestRam, Upstream};
+use iommu::GuestRam;
 use kvm_ioctls::VmFd;
 use pci::{IntxSink, RootComplex, Windows};
 
@@ -12,12 +12,13 @@ use super::devices::{Backends, Devices};
 use super::run_state::RunState;
 use super::stats::Sources;
 use super::trace::BootTrace;
+use super::vtd::Remapping;
 use super::{ExitReason, MachineError, MachineSpec};
 use crate::acpi::{self, AcpiConfig};
 use crate::boot::{self, BootFiles, Entry, firmware};
 use crate::cpu::{CpuidTemplate, GuestBus, Outcome, Request, Vcpu, VcpuThread};
 use crate::ioapic::IoApic;
-use crate::kvm::{Host, KvmIoEvents, KvmMsiSink, KvmStats};
+use crate::kvm::{Host, KvmIoEvents, KvmStats};
 use crate::layout;
 use crate::memory;
 use crate::platform::{PanicWatch, Platform, Serial, TestPorts};
@@ -56,10 +57,13 @@ impl Board {
         memory::register(&vm, &ram)?;
         trace.step("memory mapped");
 
-        let sink = Arc::new(KvmMsiSink::new(Arc::clone(&vm)));
-        let ioapic = Arc::new(IoApic::new(
-            sink.open_ioapic_pins().map_err(MachineError::Interrupts)?,
-        ));
+        let Remapping {
+            unit: iommu,
+            dmar,
+            upstream,
+            pins,
+        } = Remapping::new(spec.iommu.as_ref(), backends, host, &vm, &ram, bits)?;
+        let ioapic = Arc::new(IoApic::new(pins));
         let hub = Arc::new(KvmIoEvents::new(Arc::clone(&vm)));
         let windows = Windows {
             ecam: layout::ECAM,
@@ -72,14 +76,13 @@ impl Board {
         let serial = Serial::new(Arc::clone(&ioapic), output, Arc::clone(&panic))
             .map_err(MachineError::Host)?;
         let serial = Arc::new(serial);
-        let upstream = Upstream::new(ram.clone(), sink);
         let devices = Devices::attach(spec, backends, &root, &upstream)?;
         trace.step("devices made");
 
         let acpi = AcpiConfig {
             vcpus: spec.vcpus,
             pci_window_64: layout::pci_window_64(bits),
-            iommu: None,
+            iommu: dmar,
         };
         let rsdp = acpi::write(&ram, &acpi)?;
         let files = BootFiles {
@@ -107,6 +110,7 @@ impl Board {
             vcpus,
             bus: Arc::new(MachineBus {
                 ioapic,
+                iommu,
                 root,
                 platform: Platform::new(Arc::clone(&serial), panic, test),
             }),
@@ -158,6 +162,11 @@ impl Board {
             let thread = vcpu.start(bus, Arc::clone(trace), ended)?;
             running.threads.push(thread);
         }
+        let unit = self
+            .bus
+            .iommu
+            .as_ref()
+            .map(|iommu| Arc::clone(iommu.unit()));
         let exits = running.threads.iter().map(VcpuThread::counters);
         running.stats = Some(Arc::new(Sources {
             vm: vm_stats,
@@ -167,6 +176,7 @@ impl Board {
                 .map(|(kvm, exits)| (kvm, Box::new(exits) as _))
                 .collect(),
             devices: running.devices.clone(),
+            iommu: unit,
         }));
         Ok(running)
     }

@@ -10,9 +10,12 @@ use crate::ioapic::IoApic;
 use crate::layout;
 use crate::platform::Platform;
 
-/// IOAPIC, PCI and the platform's ports. What nobody claims reads as ones and swallows stores.
+use super::vtd::RemappingUnit;
+
+/// IOAPIC, remapping unit, PCI and the platform's ports. What nobody claims reads as ones and swallows stores.
 pub struct MachineBus {
     pub(super) ioapic: Arc<IoApic>,
+    pub(super) iommu: Option<RemappingUnit>,
     pub(super) root: Arc<RootComplex>,
     pub(super) platform: Platform,
 }
@@ -34,6 +37,10 @@ impl GuestBus for MachineBus {
     fn mmio_read(&self, address: u64, data: &mut [u8]) {
         if layout::IOAPIC.contains(&address) {
             self.ioapic.read(address - layout::IOAPIC.start, data);
+        } else if let Some(iommu) = &self.iommu
+            && layout::VTD.contains(&address)
+        {
+            iommu.read(address - layout::VTD.start, data);
         } else if !self.root.mmio_read(Gpa(address), data) {
             data.fill(0xff);
         }
@@ -42,6 +49,10 @@ impl GuestBus for MachineBus {
     fn mmio_write(&self, address: u64, data: &[u8]) {
         if layout::IOAPIC.contains(&address) {
             self.ioapic.write(address - layout::IOAPIC.start, data);
+        } else if let Some(iommu) = &self.iommu
+            && layout::VTD.contains(&address)
+        {
+            iommu.write(address - layout::VTD.start, data);
         } else {
             self.root.mmio_write(Gpa(address), data);
         }

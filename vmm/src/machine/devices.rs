@@ -17,6 +17,7 @@ use pci::{Endpoint, PciDevice, RootComplex};
 use serde::Serialize;
 
 use super::stats::DeviceStats;
+use super::vtd_trace::RegisterTrace;
 use super::{MachineError, MachineSpec, NetBackendSpec, Storage};
 
 /// Storage and network attachments. They outlive a guest's reboot: a memory disk keeps its data.
@@ -24,6 +25,8 @@ pub(super) struct Backends {
     /// By controller, then by namespace.
     nvme: Vec<Vec<Arc<dyn BlockBackend>>>,
     net: Vec<Arc<dyn NetBackend>>,
+    /// Where the remapping unit's register accesses are written down.
+    pub(super) iommu_trace: Option<Arc<RegisterTrace>>,
 }
 
 impl Backends {
@@ -42,9 +45,15 @@ impl Backends {
                     .map_err(|error| MachineError::device("--net", &net.name, error))?,
             })
         });
+        let iommu_trace = spec.iommu.as_ref().and_then(|iommu| iommu.trace.as_ref());
+        let iommu_trace = iommu_trace.map(|path| {
+            RegisterTrace::create(path)
+                .map_err(|error| MachineError::IommuTrace(path.clone(), error))
+        });
         Ok(Backends {
             nvme: nvme.collect::<Result<_, _>>()?,
             net: net.collect::<Result<_, _>>()?,
+            iommu_trace: iommu_trace.transpose()?,
         })
     }
 }

@@ -13,6 +13,8 @@ mod run_state;
 mod signals;
 mod stats;
 mod trace;
+mod vtd;
+mod vtd_trace;
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -44,6 +46,7 @@ pub use description::{
 };
 pub use stats::{DeviceStats, MachineStats, VcpuStats};
 pub use trace::BootTrace;
+pub use vtd::{IommuInterrupts, IommuInvalidations, IommuStats, IommuWaits};
 
 /// Why a machine could not be built or run.
 #[derive(Debug, thiserror::Error)]
@@ -98,6 +101,18 @@ pub enum MachineError {
     /// The serial line's output file.
     #[error("{}: {}", .0.display(), .1)]
     SerialFile(std::path::PathBuf, io::Error),
+    /// 32-bit interrupt destinations were asked for.
+    #[error(
+        "x2apic=on: this host's KVM has no 32-bit interrupt destinations (KVM_CAP_X2APIC_API): \
+         leave it out"
+    )]
+    WideDestinations,
+    /// The remapping unit's resources.
+    #[error("the host refuses the IOMMU its resources: {0}")]
+    Iommu(io::Error),
+    /// The file for the remapping unit's register accesses.
+    #[error("trace={}: {}", .0.display(), .1)]
+    IommuTrace(std::path::PathBuf, io::Error),
     /// Another failure of the host.
     #[error("the host refuses resources: {0}")]
     Host(io::Error),
@@ -123,6 +138,7 @@ impl MachineError {
             MachineError::Boot(BootError::CommandLine(_)) => Some("--cmdline"),
             MachineError::Boot(_) => Some("--kernel"),
             MachineError::SerialFile(..) => Some("--serial"),
+            MachineError::WideDestinations | MachineError::IommuTrace(..) => Some("--iommu"),
             MachineError::Device { option, .. } => Some(option),
             _ => None,
         }

@@ -1,9 +1,12 @@
 //! What a machine has done so far, as a snapshot for people and programs.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
+use iommu::vtd::Unit;
 use serde::Serialize;
 
+use super::IommuStats;
 use super::devices::Devices;
 use crate::cpu::ExitCounts;
 use crate::kvm::KvmStats;
@@ -19,6 +22,9 @@ pub struct MachineStats {
     pub vm: BTreeMap<String, u64>,
     /// Virtual CPUs by number.
     pub vcpus: Vec<VcpuStats>,
+    /// The IOMMU, if the machine has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub iommu: Option<IommuStats>,
     /// Devices by the user's name for them.
     pub devices: BTreeMap<String, DeviceStats>,
 }
@@ -51,6 +57,7 @@ pub(super) struct Sources {
     pub(super) vm: Option<KvmStats>,
     pub(super) vcpus: Vec<(Option<KvmStats>, ExitCounter)>,
     pub(super) devices: Devices,
+    pub(super) iommu: Option<Arc<Unit>>,
 }
 
 impl Sources {
@@ -66,6 +73,10 @@ impl Sources {
             })
             .collect();
         stats.devices = self.devices.stats();
+        stats.iommu = self.iommu.as_ref().map(|unit| {
+            let (hits, misses) = (0, 0);
+            IommuStats::new(&unit.counters(), hits, misses)
+        });
     }
 }
 

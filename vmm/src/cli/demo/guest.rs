@@ -10,6 +10,7 @@ use guest_images::agent::{AgentClient, ExecSpec, Exit, Shutdown};
 use serde_json::Value;
 
 use super::Failure;
+use super::IommuMode;
 use super::network::TAP;
 use crate::control::{Method, request};
 
@@ -28,6 +29,36 @@ pub(super) struct Counters {
     pub(super) interrupts: BTreeMap<String, u64>,
     /// Packets that the guest's network card sent and received.
     pub(super) packets: u64,
+    /// What the IOMMU did, for all functions.
+    pub(super) iommu: IommuCounters,
+}
+
+/// What the IOMMU did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct IommuCounters {
+    /// Translations that an IOTLB had.
+    pub(super) hits: u64,
+    /// Translations that took a walk.
+    pub(super) misses: u64,
+    /// Invalidation descriptors without waits.
+    pub(super) invalidations: u64,
+    /// Interrupts that were delivered through a remapping table entry.
+    pub(super) remapped: u64,
+    /// Faults, of DMA and of interrupts.
+    pub(super) faults: u64,
+}
+
+impl IommuCounters {
+    /// What was added since `earlier`.
+    pub(super) fn since(&self, earlier: &IommuCounters) -> IommuCounters {
+        IommuCounters {
+            hits: self.hits.saturating_sub(earlier.hits),
+            misses: self.misses.saturating_sub(earlier.misses),
+            invalidations: self.invalidations.saturating_sub(earlier.invalidations),
+            remapped: self.remapped.saturating_sub(earlier.remapped),
+            faults: self.faults.saturating_sub(earlier.faults),
+        }
+    }
 }
 
 pub(super) struct Guest {
@@ -37,7 +68,12 @@ pub(super) struct Guest {
 
 impl Guest {
     /// Starts the guest with a disk of `disk` bytes; everything of it is in `folder`.
-    pub(super) fn start(folder: &Path, image: &str, disk: u64) -> Result<Self, Failure> {
+    pub(super) fn start(
+        folder: &Path,
+        image: &str,
+        disk: u64,
+        iommu: IommuMode,
+    ) -> Result<Self, Failure> {
         let image_file = folder.join("disk.img");
         fs::File::create_new(&image_file)?.set_len(disk)?;
         let child = Command::new(std::env::current_exe()?)
@@ -49,7 +85,11 @@ impl Guest {
                 "--memory=768M",
             ])
             .arg(format!("--image={image}"))
-            .arg("--cmdline=ringside.console=off")
+            .arg(format!("--iommu={}", iommu.unit()))
+            .arg(format!(
+                "--cmdline=ringside.console=off {}",
+                iommu.parameters()
+            ))
             .arg(format!("--nvme=path={},serial=DEMO", escape(&image_file)))
             .arg(format!("--net=tap={TAP},pairs=2"))
             .arg(format!(
@@ -129,6 +169,7 @@ impl Guest {
             exits: exits(&stats),
             interrupts: interrupts(&seen),
             packets: packets(&seen),
+            iommu: iommu(&stats),
         })
     }
 
@@ -203,6 +244,23 @@ fn exits(stats: &Value) -> u64 {
     counts
         .filter_map(|vcpu| vcpu.pointer("/kvm/exits").and_then(Value::as_u64))
         .sum()
+}
+
+fn iommu(stats: &Value) -> IommuCounters {
+    let count = |value: &Value, path: &str| value.pointer(path).and_then(Value::as_u64);
+    let devices = || stats.get("devices").and_then(Value::as_object);
+    let functions = |path: &str| -> u64 {
+        let devices = devices().into_iter().flat_map(|devices| devices.values());
+        devices.filter_map(|device| count(device, path)).sum()
+    };
+    let unit = |path: &str| count(stats, path).unwrap_or(0);
+    IommuCounters {
+        hits: functions("/dma/hits"),
+        misses: functions("/dma/misses"),
+        invalidations: unit("/iommu/invalidations/total"),
+        remapped: unit("/iommu/interrupts/remapped"),
+        faults: unit("/iommu/faults"),
+    }
 }
 
 /// `/proc/interrupts` as sums over the CPUs, by the name at the end of the line.

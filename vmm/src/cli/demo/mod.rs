@@ -13,9 +13,11 @@ mod stage;
 mod table;
 
 use std::ffi::OsString;
+use std::fmt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
+use clap::ValueEnum;
 use guest_images::apt::Freshness;
 use guest_images::lab::{LabCommand, LabSpec};
 use guest_images::{CacheDir, HostTools, progress};
@@ -42,6 +44,10 @@ pub(super) struct DemoArgs {
     #[arg(long, value_name = "SIZE")]
     size: Option<Size>,
 
+    /// How the guest uses its IOMMU (Intel VT-d)
+    #[arg(long, value_enum, value_name = "MODE", default_value_t = IommuMode::PassThrough)]
+    iommu: IommuMode,
+
     /// Seconds of the TCP run
     #[arg(long, value_name = "SECONDS", default_value_t = 3)]
     tcp_seconds: u32,
@@ -49,6 +55,53 @@ pub(super) struct DemoArgs {
     /// Where the packages' programs are, in the demo's own network namespace
     #[arg(long, hide = true, value_name = "FOLDER")]
     in_namespace: Option<PathBuf>,
+}
+
+/// How the guest uses its IOMMU: the unit that the machine has, and the kernel's parameters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum IommuMode {
+    /// The machine has none
+    None,
+    /// The unit is there and the guest leaves it off
+    Off,
+    /// Device addresses are guest-physical
+    PassThrough,
+    /// The guest invalidates unmapped buffers in batches
+    Lazy,
+    /// The guest invalidates each buffer when it unmaps it
+    Strict,
+    /// As lazy, with the tables of scalable mode
+    Scalable,
+}
+
+impl IommuMode {
+    /// `--iommu`.
+    fn unit(self) -> &'static str {
+        match self {
+            IommuMode::None => "off",
+            IommuMode::Scalable => "intel,scalable=on",
+            _ => "intel",
+        }
+    }
+
+    fn parameters(self) -> &'static str {
+        match self {
+            IommuMode::None => "",
+            IommuMode::Off => "intel_iommu=off",
+            IommuMode::PassThrough => "intel_iommu=on iommu=pt",
+            IommuMode::Lazy => "intel_iommu=on iommu.strict=0",
+            IommuMode::Strict => "intel_iommu=on iommu.strict=1",
+            IommuMode::Scalable => "intel_iommu=on,sm_on iommu.strict=0",
+        }
+    }
+}
+
+impl fmt::Display for IommuMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // No variant is skipped, so each has a name.
+        let value = self.to_possible_value();
+        f.write_str(value.as_ref().map_or("", |value| value.get_name()))
+    }
 }
 
 /// Least that a job can split between two processors and its blocks of 64 KiB.
@@ -75,6 +128,7 @@ pub(super) fn main(args: &DemoArgs) -> Done {
             tools: tools.clone(),
             size,
             tcp_seconds: args.tcp_seconds,
+            iommu: args.iommu,
         });
     }
     // Everything that takes long or needs the network happens before the guest and out here.
@@ -98,6 +152,7 @@ fn arguments(args: &DemoArgs, size: Size) -> Vec<OsString> {
         format!("--image={}", args.image).into(),
         format!("--size={size}").into(),
         format!("--tcp-seconds={}", args.tcp_seconds).into(),
+        format!("--iommu={}", args.iommu).into(),
         "--accel=kvm".into(),
     ]
 }

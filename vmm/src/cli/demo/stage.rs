@@ -8,7 +8,7 @@ use super::guest::{Counters, Guest};
 use super::jobs::{Fio, Outcome, parse_iperf, parse_ping};
 use super::network::{GUEST_ADDRESS, HOST_ADDRESS, make_tap, serve_iperf};
 use super::table::{Row, render};
-use super::{Done, Failure};
+use super::{Done, Failure, IommuMode};
 
 /// What to do.
 pub(super) struct Plan {
@@ -18,6 +18,7 @@ pub(super) struct Plan {
     /// Bytes that each job writes and reads.
     pub(super) size: u64,
     pub(super) tcp_seconds: u32,
+    pub(super) iommu: IommuMode,
 }
 
 /// Brings the network card up, whatever the kernel called it, with both queue pairs. Prints how
@@ -51,10 +52,10 @@ fn perform(plan: &Plan, folder: &Path) -> Result<(), Failure> {
     make_tap(&plan.tools)?;
     let _server = serve_iperf(&plan.tools)?;
     say(&format!(
-        "booting {}: 2 vCPUs, an NVMe disk, virtio-net with 2 queue pairs",
-        plan.image
+        "booting {}: 2 vCPUs, an NVMe disk, virtio-net with 2 queue pairs, IOMMU: {}",
+        plan.image, plan.iommu
     ));
-    let mut guest = Guest::start(folder, &plan.image, plan.size)?;
+    let mut guest = Guest::start(folder, &plan.image, plan.size, plan.iommu)?;
     guest.wait()?;
     say(&format!("up after {:.1} s", start.elapsed().as_secs_f64()));
     let kernel = guest.exec(&["uname", "-sr"])?;
@@ -81,17 +82,23 @@ fn perform(plan: &Plan, folder: &Path) -> Result<(), Failure> {
     rows.push(ping(&guest)?);
     rows.push(tcp(&guest, plan.tcp_seconds)?);
     let vectors = guest.vectors()?;
+    let iommu = guest.counters()?.iommu;
     guest.power_off()?;
 
     let text = format!(
         "\n{} on {}: every block read back had the right checksum.\n\n{}\n\
-         Exits are VM exits of both vCPUs (KVM's statistics), irqs those of the device, from before \
-         a job's start\nto after its end, its program's start included. For the network, an IO is a \
-         packet.\n\nInterrupts in the guest, one vector per queue:\n{vectors}\n\n\
+         Exits are VM exits of both vCPUs (KVM's statistics), irqs those of the device, xlat are \
+         translations of the\nIOMMU, hit% those that an IOTLB had, inv its invalidations, from \
+         before a job's start to after its end,\nits program's start included. For the network, an \
+         IO is a packet.\n\nIOMMU ({}): {} interrupts remapped, {} faults.\n\n\
+         Interrupts in the guest, one vector per queue:\n{vectors}\n\n\
          Done in {:.0} s.\n",
         kernel.trim(),
         plan.image,
         render(&rows),
+        plan.iommu,
+        iommu.remapped,
+        iommu.faults,
         start.elapsed().as_secs_f64()
     );
     io::stdout().write_all(text.as_bytes())?;
@@ -118,6 +125,7 @@ fn counted(
         outcome,
         exits: after.exits.saturating_sub(before.exits),
         interrupts: sum(&after).saturating_sub(sum(&before)),
+        iommu: after.iommu.since(&before.iommu),
     };
     Ok((row, before, after))
 }

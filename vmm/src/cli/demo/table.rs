@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use super::guest::IommuCounters;
 use super::jobs::Outcome;
 
 /// A line of the table.
@@ -12,10 +13,12 @@ pub(super) struct Row {
     pub(super) exits: u64,
     /// The device's interrupts while the job ran.
     pub(super) interrupts: u64,
+    /// What the IOMMU did while the job ran.
+    pub(super) iommu: IommuCounters,
 }
 
-const HEAD: [&str; 7] = [
-    "job", "IOPS", "p50 us", "p99 us", "MB/s", "exits/IO", "irqs/IO",
+const HEAD: [&str; 10] = [
+    "job", "IOPS", "p50 us", "p99 us", "MB/s", "exits/IO", "irqs/IO", "xlat/IO", "hit%", "inv/IO",
 ];
 
 #[expect(
@@ -37,7 +40,8 @@ fn number(value: Option<f64>, digits: usize) -> String {
 pub(super) fn render(rows: &[Row]) -> String {
     let mut cells = vec![HEAD.map(str::to_owned)];
     for row in rows {
-        let outcome = &row.outcome;
+        let (outcome, iommu) = (&row.outcome, &row.iommu);
+        let translations = iommu.hits.saturating_add(iommu.misses);
         cells.push([
             row.title.clone(),
             number(outcome.iops, 0),
@@ -46,6 +50,9 @@ pub(super) fn render(rows: &[Row]) -> String {
             number(outcome.bytes_per_second.map(|bytes| bytes / 1e6), 2),
             per(row.exits, outcome.operations),
             per(row.interrupts, outcome.operations),
+            per(translations, outcome.operations),
+            per(iommu.hits.saturating_mul(100), translations),
+            per(iommu.invalidations, outcome.operations),
         ]);
     }
     let mut text = String::new();
@@ -80,13 +87,19 @@ mod tests {
             },
             exits: 30,
             interrupts: 10,
+            iommu: IommuCounters {
+                hits: 60,
+                misses: 20,
+                invalidations: 5,
+                ..IommuCounters::default()
+            },
         };
         let text = render(&[row("read", 20, Some(1234.0)), row("a ping", 0, None)]);
         assert_eq!(
             text,
-            "job     IOPS  p50 us  p99 us  MB/s  exits/IO  irqs/IO\n\
-             read    1234      10     100  2.50      1.50     0.50\n\
-             a ping     -      10     100  2.50         -        -\n"
+            "job     IOPS  p50 us  p99 us  MB/s  exits/IO  irqs/IO  xlat/IO   hit%  inv/IO\n\
+             read    1234      10     100  2.50      1.50     0.50     4.00  75.00    0.25\n\
+             a ping     -      10     100  2.50         -        -        -  75.00       -\n"
         );
     }
 }
