@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
+use vm_memory::{Bytes, VolatileSlice};
 
 use crate::drain::Pin;
+use crate::tlb::Need;
 use crate::view::{PinPlace, View};
 use crate::{Access, DmaError, DmaMemory, DmaSpace, Iova};
 
@@ -51,17 +52,22 @@ impl PinnedBuffers {
         len: u64,
         access: Access,
     ) -> Result<(), DmaError> {
-        // Without an IOMMU, RAM can be read and written alike.
-        let _ = access;
+        let need = match access {
+            Access::Read => Need::READ,
+            Access::Write => Need::WRITE,
+        };
         let _section = mem.section();
-        let ram = mem.open()?;
         let count = usize::try_from(len).map_err(|_| DmaError::NotMapped(iova, len))?;
+        let slices = mem.slices(iova, count, need)?;
+        if len == 0 {
+            return Ok(());
+        }
         let (old_vecs, old_last) = (self.iovecs.len(), self.iovecs.last().copied());
-        self.hold(mem, iova, len);
-        for slice in GuestMemoryBackend::get_slices(ram, GuestAddress(iova.0), count) {
+        self.hold(mem, iova, len, mem.domain(iova, need)?);
+        for slice in slices {
             match slice {
                 Ok(slice) => self.append(slice),
-                Err(_) => {
+                Err(error) => {
                     self.iovecs.truncate(old_vecs);
                     if let (Some(last), Some(old)) = (self.iovecs.last_mut(), old_last) {
                         *last = old;
@@ -69,7 +75,7 @@ impl PinnedBuffers {
                     if old_vecs == 0 {
                         self.release();
                     }
-                    return Err(DmaError::NotMapped(iova, len));
+                    return Err(error);
                 }
             }
         }
@@ -78,17 +84,23 @@ impl PinnedBuffers {
     }
 
     /// Makes the pin, or widens it, before the memory is used.
-    fn hold(&mut self, mem: &DmaMemory, iova: Iova, len: u64) {
+    fn hold(&mut self, mem: &DmaMemory, iova: Iova, len: u64, domain: u16) {
+        let domain = u32::from(domain);
         let last = iova.0.saturating_add(len.saturating_sub(1));
         let pin = match self.pin {
             Some(pin) => Pin {
                 start: pin.start.min(iova.0),
                 last: pin.last.max(last),
+                domain: if pin.domain == domain {
+                    domain
+                } else {
+                    Pin::ANY_DOMAIN
+                },
                 ..pin
             },
             None => Pin {
                 since: mem.seen(),
-                domain: 0,
+                domain,
                 start: iova.0,
                 last,
             },
@@ -209,6 +221,8 @@ impl Drop for PinnedBuffers {
 
 #[cfg(test)]
 mod tests {
+    use vm_memory::GuestAddress;
+
     use super::*;
     use crate::{GuestRam, SourceId, Upstream};
 

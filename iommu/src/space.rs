@@ -1,19 +1,28 @@
 //! A function's view of memory, shared by its workers.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use crate::remap::Invalidation;
+use crate::stats::DmaStats;
+use crate::translate::Translator;
 use crate::view::View;
-use crate::{DmaMemory, GuestRam, Invalidations, SourceId, Upstream};
+use crate::{
+    DmaMemory, GuestRam, Invalidations, IotlbGeometry, MsiSink, Remapper, SourceId, Upstream,
+};
 
 /// One PCI function's view of memory.
 pub struct DmaSpace {
     ram: GuestRam,
     source: SourceId,
+    msi: Arc<dyn MsiSink>,
+    remapper: Option<Arc<dyn Remapper>>,
+    iotlb: IotlbGeometry,
     bus_master: AtomicBool,
     invalidations: Arc<Invalidations>,
     views: Mutex<Vec<Weak<View>>>,
+    /// What the views did that are gone.
+    retired: Mutex<DmaStats>,
 }
 
 impl DmaSpace {
@@ -23,9 +32,13 @@ impl DmaSpace {
         Arc::new(DmaSpace {
             ram: upstream.ram.clone(),
             source,
+            msi: Arc::clone(&upstream.msi),
+            remapper: upstream.remapper.clone(),
+            iotlb: upstream.iotlb,
             bus_master: AtomicBool::new(false),
             invalidations: Arc::clone(&upstream.invalidations),
             views: Mutex::new(Vec::new()),
+            retired: Mutex::default(),
         })
     }
 
@@ -37,7 +50,37 @@ impl DmaSpace {
         views.push(Arc::downgrade(&view));
         drop(views);
         self.invalidations.register(Arc::clone(&view));
-        DmaMemory::new(Arc::clone(self), view)
+        let translator = Translator::new(self.remapper.clone(), self.source, self.iotlb);
+        DmaMemory::new(Arc::clone(self), view, translator)
+    }
+
+    /// What the caches of this function's workers did, also of those that are gone.
+    pub fn stats(&self) -> DmaStats {
+        let views = self.views.lock().unwrap_or_else(PoisonError::into_inner);
+        let retired = self.retired();
+        let mut stats = *retired;
+        for view in views.iter().filter_map(Weak::upgrade) {
+            if !view.retired.load(Ordering::Relaxed) {
+                stats.add(&view.counters);
+            }
+        }
+        stats
+    }
+
+    /// The worker of a view is gone; pins may still hold the view itself.
+    pub(crate) fn retire(&self, view: &View) {
+        let mut retired = self.retired();
+        view.retired.store(true, Ordering::Relaxed);
+        retired.add(&view.counters);
+    }
+
+    fn retired(&self) -> MutexGuard<'_, DmaStats> {
+        self.retired.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a remapping unit translates the function's addresses.
+    pub fn is_remapped(&self) -> bool {
+        self.remapper.is_some()
     }
 
     /// Whether the function may start transactions.
@@ -64,6 +107,10 @@ impl DmaSpace {
 
     pub(crate) fn ram(&self) -> &GuestRam {
         &self.ram
+    }
+
+    pub(crate) fn msi(&self) -> &Arc<dyn MsiSink> {
+        &self.msi
     }
 
     pub(crate) fn invalidations(&self) -> &Arc<Invalidations> {

@@ -1,15 +1,21 @@
 //! What the rest of the machine knows of one worker's view.
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
 use crate::SourceId;
 use crate::drain::{Pin, Pins, Section};
+use crate::stats::ViewCounters;
 
-/// A view's section and pins.
+/// A view's section, pins and counters. On cache lines of its own: each belongs to another worker.
+#[repr(align(128))]
 pub(crate) struct View {
     /// The function's requester id.
     pub(crate) source: SourceId,
     pub(crate) section: Section,
+    pub(crate) counters: ViewCounters,
+    /// The counters have been added to those of the space.
+    pub(crate) retired: AtomicBool,
     pins: Arc<PinList>,
 }
 
@@ -56,6 +62,8 @@ impl View {
         View {
             source,
             section: Section::new(),
+            counters: ViewCounters::default(),
+            retired: AtomicBool::new(false),
             pins: PinList::new(),
         }
     }

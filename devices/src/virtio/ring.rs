@@ -179,10 +179,17 @@ impl Ring {
     /// before: virtio-queue takes an available ring that cannot be read for an empty one, and the
     /// queue would be looked at again without end.
     ///
+    /// Behind an IOMMU there is nothing to check ahead: what is mapped may change at any time, and a
+    /// translation that the driver did not ask for would record faults. There, [`Ring::pop`] looks.
+    ///
     /// # Errors
     ///
     /// They do not, or bus mastering is off.
     pub fn check(&mut self, mem: &DmaMemory) -> Result<(), RingError> {
+        if mem.space().is_remapped() {
+            self.inside = true;
+            return Ok(());
+        }
         let _section = mem.section();
         let access = [Permissions::Read, Permissions::Read, Permissions::Write];
         let layout = RingLayout {
@@ -219,6 +226,14 @@ impl Ring {
     ) -> Result<Option<DescriptorChain<&'m DmaMemory>>, RingError> {
         if !self.inside {
             self.check(mem)?;
+        }
+        if mem.space().is_remapped() {
+            // Where the next head will be. Its page may have been unmapped since the last one.
+            let slot = u64::from(self.queue.next_avail() % self.queue.size());
+            let at = self.queue.avail_ring() + layout::ENTRIES + slot * layout::AVAIL_ENTRY;
+            if !mem.check_range(GuestAddress(at), 2, Permissions::Read) {
+                return Err(classify(mem, Fault::RingAddress));
+            }
         }
         let mut avail = self.queue.iter(mem).map_err(|error| match error {
             virtio_queue::Error::InvalidAvailRingIndex => RingError::Broken(Fault::AvailIndex),
