@@ -11,7 +11,9 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 use vmm::kvm::Host;
-use vmm::machine::{ExitReason, Machine, MachineSpec, OnReboot, SerialMode};
+use vmm::machine::{
+    ExitReason, IommuSpec, LargestPage, Machine, MachineSpec, OnReboot, SerialMode,
+};
 
 /// The guest as an ELF file with a PVH note.
 pub fn elf() -> PathBuf {
@@ -67,6 +69,26 @@ pub fn host() -> Option<Host> {
             eprintln!("skipped: {error}");
             None
         }
+    }
+}
+
+/// A remapping unit as `--iommu` makes it.
+pub fn iommu() -> IommuSpec {
+    IommuSpec {
+        scalable: false,
+        address_width: 48,
+        caching_mode: false,
+        coherent: true,
+        interrupt_remapping: true,
+        x2apic: None,
+        pass_through: true,
+        first_stage: false,
+        second_stage: true,
+        largest_page: LargestPage::Gib1,
+        iotlb_sets: 64,
+        iotlb_ways: 4,
+        fault_registers: 8,
+        trace: None,
     }
 }
 
