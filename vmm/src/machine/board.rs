@@ -62,7 +62,7 @@ impl Board {
             dmar,
             upstream,
             pins,
-        } = Remapping::new(spec.iommu.as_ref(), backends, host, &vm, &ram, bits)?;
+        } = Remapping::new(spec, backends, host, &vm, &ram, bits)?;
         let ioapic = Arc::new(IoApic::new(pins));
         let hub = Arc::new(KvmIoEvents::new(Arc::clone(&vm)));
         let windows = Windows {
