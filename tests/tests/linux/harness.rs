@@ -376,6 +376,20 @@ impl Guest<'_> {
         assert!(complaints.is_empty(), "the kernel says: {complaints:#?}");
     }
 
+    /// Asserts that the IOMMU driver has reported no fault so far.
+    pub fn no_dma_faults(&self) {
+        let faults =
+            self.sh("dmesg | grep -E 'DMAR.*(fault status|INTR-REMAP|DMA Read|DMA Write)' || true");
+        assert_eq!(faults, "", "{}", self.log());
+    }
+
+    /// The counters of the guest's machine.
+    pub fn stats(&self) -> serde_json::Value {
+        let done = self.host.ringside(["stats", &self.name, "--json"]);
+        assert_eq!(done.code, 0, "{}", done.stderr);
+        serde_json::from_str(&done.stdout).expect("ringside stats prints JSON")
+    }
+
     /// Interrupts by the action's name (`nvme0q1`, `virtio0-input.0`), summed over the CPUs.
     pub fn interrupts(&self) -> BTreeMap<String, u64> {
         let text = self.sh("cat /proc/interrupts");

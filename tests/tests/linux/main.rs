@@ -2,5 +2,6 @@
 
 mod boot;
 mod harness;
+mod iommu;
 mod net;
 mod nvme;

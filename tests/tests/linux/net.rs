@@ -5,13 +5,13 @@ use guest_images::Release;
 use crate::harness::{Guest, Host, image, on_host};
 
 /// The host's end of the network; 192.0.2.0/24 is for documentation (RFC 5737).
-const HOST: &str = "192.0.2.1";
+pub const HOST: &str = "192.0.2.1";
 
 /// A tap with the host's address and an iperf3 server; both go when this is dropped.
-struct Peer<'h>(&'h Host);
+pub struct Peer<'h>(&'h Host);
 
 impl<'h> Peer<'h> {
-    fn new(host: &'h Host) -> Peer<'h> {
+    pub fn new(host: &'h Host) -> Peer<'h> {
         host.tool("ip", "tuntap add rstap mode tap multi_queue vnet_hdr");
         let peer = Peer(host);
         host.tool("ip", &format!("address add {HOST}/24 dev rstap"));
@@ -36,14 +36,15 @@ impl Drop for Peer<'_> {
     }
 }
 
-fn configure(guest: &Guest<'_>) {
+/// Gives the card its address, and waits until the host answers.
+pub fn configure(guest: &Guest<'_>) {
     guest.sh("ip link set eth0 up && ip address add 192.0.2.2/24 dev eth0");
     // The first packet may wait for address resolution.
     guest.sh(&format!("ping -c 3 -W 20 {HOST}"));
 }
 
 /// Bytes of one of iperf3's sums.
-fn bytes(json: &str, sum: &str) -> u64 {
+pub fn bytes(json: &str, sum: &str) -> u64 {
     let json: serde_json::Value = serde_json::from_str(json).expect("iperf3 prints JSON");
     json["end"][sum]["bytes"]
         .as_u64()

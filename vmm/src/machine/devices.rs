@@ -12,7 +12,7 @@ use devices::virtio::net::{self, VirtioNet};
 use devices::virtio::vsock::VirtioVsock;
 use devices::virtio::{VirtioDevice, VirtioPci};
 use devices::worker::WorkerOptions;
-use iommu::{Bdf, Upstream};
+use iommu::{Bdf, DmaSpace, DmaStats, Upstream};
 use pci::{Endpoint, PciDevice, RootComplex};
 use serde::Serialize;
 
@@ -87,6 +87,7 @@ struct Device {
     name: String,
     kind: &'static str,
     bdf: Bdf,
+    dma: Arc<DmaSpace>,
     counters: Box<dyn Fn() -> serde_json::Value + Send + Sync>,
 }
 
@@ -154,12 +155,18 @@ impl Devices {
         Ok(Devices(slots.devices.into()))
     }
 
+    /// What the IOTLBs of each did.
+    pub(super) fn dma(&self) -> impl Iterator<Item = DmaStats> {
+        self.0.iter().map(|device| device.dma.stats())
+    }
+
     /// The counters of all, by name.
     pub(super) fn stats(&self) -> BTreeMap<String, DeviceStats> {
         let stats = self.0.iter().map(|device| {
             let stats = DeviceStats {
                 kind: device.kind,
                 address: device.bdf.to_string(),
+                dma: device.dma.is_remapped().then(|| device.dma.stats()),
                 counters: (device.counters)(),
             };
             (device.name.clone(), stats)
@@ -240,6 +247,7 @@ impl Slots<'_> {
         counters: impl Fn() -> serde_json::Value + Send + Sync + 'static,
     ) -> Result<(), MachineError> {
         let bdf = endpoint.bdf();
+        let dma = endpoint.bus_master().dma;
         self.root
             .attach(endpoint, device)
             .map_err(|error| MachineError::device(option, name, error))?;
@@ -247,6 +255,7 @@ impl Slots<'_> {
             name: name.to_owned(),
             kind,
             bdf,
+            dma,
             counters: Box::new(counters),
         });
         Ok(())

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use iommu::DmaStats;
 use iommu::vtd::Unit;
 use serde::Serialize;
 
@@ -46,6 +47,9 @@ pub struct DeviceStats {
     pub kind: &'static str,
     /// Bus, device and function number.
     pub address: String,
+    /// What its workers' IOTLBs did; absent without an IOMMU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dma: Option<DmaStats>,
     /// Counters in the device's own form.
     pub counters: serde_json::Value,
 }
@@ -73,10 +77,10 @@ impl Sources {
             })
             .collect();
         stats.devices = self.devices.stats();
-        stats.iommu = self.iommu.as_ref().map(|unit| {
-            let (hits, misses) = (0, 0);
-            IommuStats::new(&unit.counters(), hits, misses)
-        });
+        stats.iommu = self
+            .iommu
+            .as_ref()
+            .map(|unit| IommuStats::new(&unit.counters(), self.devices.dma()));
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::{Arc, Once};
 use iommu::vtd::{
     AddressWidths, InvalidationCounters, IotlbGeometry, LargePages, Options, Unit, UnitCounters,
 };
-use iommu::{GuestRam, Invalidations, MsiLine, Upstream};
+use iommu::{DmaStats, GuestRam, Invalidations, MsiLine, Upstream};
 use kvm_ioctls::VmFd;
 use serde::Serialize;
 
@@ -178,8 +178,10 @@ impl RemappingUnit {
 /// What the IOMMU did, as a snapshot for people and programs.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct IommuStats {
-    /// Translations of all functions: those that their IOTLBs had, and the others.
+    /// Addresses of all functions that were looked up.
     pub translations: u64,
+    /// Of these, those that pass through untranslated.
+    pub pass_through: u64,
     /// Of these, translations that an IOTLB had.
     pub iotlb_hits: u64,
     /// Of these, translations that took a walk through the tables.
@@ -254,10 +256,21 @@ pub struct IommuInterrupts {
 }
 
 impl IommuStats {
-    /// From the unit's counters and the IOTLBs' `hits` and `misses`.
-    pub(super) fn new(unit: &UnitCounters, hits: u64, misses: u64) -> IommuStats {
+    /// From the unit's counters and those of its functions.
+    pub(super) fn new(
+        unit: &UnitCounters,
+        functions: impl Iterator<Item = DmaStats>,
+    ) -> IommuStats {
+        let (mut translations, mut pass_through, mut hits, mut misses) = (0u64, 0u64, 0u64, 0u64);
+        for function in functions {
+            translations = translations.saturating_add(function.translations);
+            pass_through = pass_through.saturating_add(function.pass_through);
+            hits = hits.saturating_add(function.iotlb_hits);
+            misses = misses.saturating_add(function.iotlb_misses);
+        }
         IommuStats {
-            translations: hits.saturating_add(misses),
+            translations,
+            pass_through,
             iotlb_hits: hits,
             iotlb_misses: misses,
             walks: unit.walks,

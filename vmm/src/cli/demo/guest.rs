@@ -255,8 +255,8 @@ fn iommu(stats: &Value) -> IommuCounters {
     };
     let unit = |path: &str| count(stats, path).unwrap_or(0);
     IommuCounters {
-        hits: functions("/dma/hits"),
-        misses: functions("/dma/misses"),
+        hits: functions("/dma/iotlb_hits"),
+        misses: functions("/dma/iotlb_misses"),
         invalidations: unit("/iommu/invalidations/total"),
         remapped: unit("/iommu/interrupts/remapped"),
         faults: unit("/iommu/faults"),

@@ -45,7 +45,7 @@ pub(super) struct DemoArgs {
     size: Option<Size>,
 
     /// How the guest uses its IOMMU (Intel VT-d)
-    #[arg(long, value_enum, value_name = "MODE", default_value_t = IommuMode::PassThrough)]
+    #[arg(long, value_enum, value_name = "MODE", default_value_t = IommuMode::Lazy)]
     iommu: IommuMode,
 
     /// Seconds of the TCP run
