@@ -100,3 +100,29 @@ fn linux_start_up_legacy() {
     let counters = bench.unit.counters();
     assert_eq!((counters.waits, counters.queue_errors), (3, 0));
 }
+
+/// What Debian's kernels did from their start until they had read a disk, recorded with `ringside run
+/// --iommu intel,trace=FILE`: 6.1 and 6.12, legacy and scalable mode, lazy and strict.
+#[test]
+fn linux_start_ups_as_recorded() {
+    for (scalable, text) in [
+        (false, include_str!("linux-6.1-lazy.txt")),
+        (false, include_str!("linux-6.12-strict.txt")),
+        (true, include_str!("linux-6.1-scalable.txt")),
+        (true, include_str!("linux-6.12-scalable.txt")),
+    ] {
+        let options = Options {
+            host_address_width: 40,
+            scalable,
+            first_stage: scalable,
+            ..Options::default()
+        };
+        let bench = Bench::with_ram(options, &RANGES);
+        replay(&bench, text);
+        let waits = text.lines().filter(|line| line.starts_with("s ")).count() as u64;
+        let counters = bench.unit.counters();
+        assert_eq!((counters.waits, counters.queue_errors), (waits, 0));
+        assert_eq!((counters.faults, counters.queued.pasid > 0), (0, scalable));
+        assert!(counters.queued.iotlb_global > 0 && counters.queued.interrupt > 0);
+    }
+}
