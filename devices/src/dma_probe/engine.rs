@@ -1,10 +1,9 @@
 //! The accesses themselves, on the worker's thread.
 
-use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
-use iommu::{BusMaster, DmaError, DmaMemory, Iova, MsiLine, MsiMessage};
+use iommu::{DmaError, DmaMemory, Iova};
 
 use super::spec::{MAX_LENGTH, PAGE, command, status};
 use super::{Registers, Shared};
@@ -12,35 +11,23 @@ use crate::worker::{Polled, QueueTask};
 
 const PAGE_LEN: usize = 4096;
 const _: () = assert!(PAGE_LEN as u64 == PAGE);
-/// Where a write is an interrupt request (Intel SDM volume 3, 11.11.1).
-const INTERRUPT_RANGE: std::ops::RangeInclusive<u64> = 0xfee0_0000..=0xfeef_ffff;
 
 /// How a command ended.
 enum End {
     Ok,
     BadCommand,
     Refused(DmaError),
-    /// Nobody takes the interrupt request.
-    NotDelivered(io::Error),
 }
 
 /// The function's way out.
 pub(super) struct Engine {
     shared: Arc<Shared>,
-    master: BusMaster,
     memory: DmaMemory,
-    /// For signals in the interrupt range.
-    line: Option<Arc<dyn MsiLine>>,
 }
 
 impl Engine {
-    pub(super) fn new(shared: Arc<Shared>, master: BusMaster) -> Engine {
-        Engine {
-            shared,
-            memory: master.dma.view(),
-            master,
-            line: None,
-        }
+    pub(super) fn new(shared: Arc<Shared>, memory: DmaMemory) -> Engine {
+        Engine { shared, memory }
     }
 
     /// Back to the state after power-on.
@@ -62,15 +49,12 @@ impl Engine {
             End::Ok => status::OK,
             End::BadCommand => status::BAD_COMMAND,
             End::Refused(DmaError::BusMasterOff) => status::BUS_MASTER_OFF,
-            End::Refused(DmaError::NotMapped(..)) | End::NotDelivered(_) => status::NO_MEMORY,
+            End::Refused(DmaError::NotMapped(..)) => status::NO_MEMORY,
             End::Refused(DmaError::Fault(_, reason)) => {
                 registers.reason = reason.0.into();
                 status::BLOCKED
             }
         };
-        if let End::NotDelivered(error) = &end {
-            tracing::debug!(%error, "a signal of the DMA probe is not delivered");
-        }
         self.shared.count(|stats| {
             match registers.command {
                 command::READ => stats.reads += 1,
@@ -129,37 +113,13 @@ impl Engine {
         End::Ok
     }
 
-    fn signal(&mut self, registers: &Registers) -> End {
+    /// In the interrupt range the write is an interrupt request, which memory takes as one.
+    fn signal(&self, registers: &Registers) -> End {
         let [a, b, c, d, ..] = registers.data.to_le_bytes();
         let data = u32::from_le_bytes([a, b, c, d]);
-        if !INTERRUPT_RANGE.contains(&registers.address) {
-            return match self.memory.write_obj(Iova(registers.address), data) {
-                Ok(()) => End::Ok,
-                Err(error) => End::Refused(error),
-            };
-        }
-        // Bus Master Enable gates this too, and whoever clears it waits for the section's end.
-        let _section = self.memory.section();
-        if !self.memory.space().bus_master() {
-            return End::Refused(DmaError::BusMasterOff);
-        }
-        let message = MsiMessage {
-            address: registers.address,
-            data,
-        };
-        let line = match &self.line {
-            Some(line) => Ok(Arc::clone(line)),
-            None => self.master.msi.open(self.master.source),
-        };
-        let fired = line.and_then(|line| {
-            line.retarget(message)?;
-            line.fire();
-            self.line = Some(line);
-            Ok(())
-        });
-        match fired {
+        match self.memory.write_obj(Iova(registers.address), data) {
             Ok(()) => End::Ok,
-            Err(error) => End::NotDelivered(error),
+            Err(error) => End::Refused(error),
         }
     }
 }

@@ -21,8 +21,10 @@
 //! | 0x28 | 32 | RO | the IOMMU's fault reason, with status 5 |
 //! | 0x30 | 64 | RO | bytes done before the end or the first page that was refused |
 //!
-//! A signal writes the low four bytes of the data to the address; in the interrupt range that is an
-//! interrupt request, with whatever address and data. While the status is busy all stores are ignored.
+//! A signal writes the low four bytes of the data to the address. In the interrupt range (0xfee00000 to
+//! 0xfeefffff) that is an interrupt request, with whatever address and data, which interrupt remapping
+//! may block like any other; so is a write of four bytes. While the status is busy all stores are
+//! ignored.
 //!
 //! From a shell in the guest, with the address of BAR 0 in `$bar`, a write of 8 bytes to address
 //! 0x1000 (`devmem` is BusyBox's):
@@ -144,7 +146,7 @@ impl DmaProbe {
         .bar(BAR, spec::BAR_LEN, BarKind::Memory32)
         .build(bdf, upstream)?;
         let shared = Arc::<Shared>::default();
-        let task = Engine::new(Arc::clone(&shared), endpoint.bus_master());
+        let task = Engine::new(Arc::clone(&shared), endpoint.bus_master().dma.view());
         let worker = Worker::spawn(name, &Kick::new()?, task, WorkerOptions::default())?;
         Ok((endpoint, Arc::new(DmaProbe { shared, worker })))
     }
