@@ -36,12 +36,37 @@ pub(super) struct Registers {
 }
 
 impl Shared {
-    /// Any size and alignment. Where no register is, zeros.
+    /// Any size and alignment. Where no register is, zeros. Of each double word all bytes are of one
+    /// moment, and the upper one of a register of eight bytes is read first: while it says that a fault
+    /// record is valid, the lower one does not change.
     pub(super) fn read_bytes(&self, offset: u64, data: &mut [u8]) {
-        let mut at = Some(offset);
-        for byte in data {
-            *byte = at.map_or(0, |at| self.read_byte(at));
-            at = at.and_then(|at| at.checked_add(1));
+        let (mut at, mut rest) = (Some(offset), data);
+        while !rest.is_empty() {
+            let skip = at.map_or(0, |at| usize::try_from(at % 8).unwrap_or(0));
+            let (part, more) = rest.split_at_mut((8 - skip).min(rest.len()));
+            match at {
+                Some(at) => self.read_pair(at, part),
+                None => part.fill(0),
+            }
+            at = at.and_then(|at| (at & !7).checked_add(8));
+            rest = more;
+        }
+    }
+
+    /// Reads bytes that lie in one aligned range of eight.
+    fn read_pair(&self, offset: u64, data: &mut [u8]) {
+        let pair = offset & !7;
+        let skip = usize::try_from(offset - pair).unwrap_or(0);
+        let mut bytes = [0; 8];
+        let (low, high) = bytes.split_at_mut(4);
+        if skip + data.len() > 4 {
+            high.copy_from_slice(&self.read(pair + 4).to_le_bytes());
+        }
+        if skip < 4 {
+            low.copy_from_slice(&self.read(pair).to_le_bytes());
+        }
+        for (to, from) in data.iter_mut().zip(bytes.into_iter().skip(skip)) {
+            *to = from;
         }
     }
 
@@ -79,16 +104,6 @@ impl Shared {
         offset
             .checked_sub(FAULT_RECORDING_REGISTERS)
             .filter(|&at| at < length)
-    }
-
-    fn read_byte(&self, offset: u64) -> u8 {
-        let [a, b, c, d] = self.read(offset & !3).to_le_bytes();
-        match offset & 3 {
-            0 => a,
-            1 => b,
-            2 => c,
-            _ => d,
-        }
     }
 
     /// Reads the double word at `offset`, a multiple of four.

@@ -213,3 +213,41 @@ fn an_event_that_the_host_refuses_stays_pending() {
     assert_eq!(bench.r32(reg::FECTL), 0);
     assert_eq!(bench.delivered(), [message(0xfee0_1000, 0)]);
 }
+
+/// A driver that polls finds a record valid only with all of its fields, whatever size it reads.
+#[test]
+fn a_record_that_is_valid_is_whole() {
+    const ROUNDS: u64 = 20_000;
+    let bench = bench(1);
+    // The root table is empty.
+    bench.command(global::TE, 0);
+    std::thread::scope(|scope| {
+        let driver = scope.spawn(|| {
+            for round in 0..ROUNDS {
+                let record = loop {
+                    let record = if round % 4 < 2 {
+                        bench.r64(FRCD + 8)
+                    } else {
+                        let high = bench.r32(FRCD + 12);
+                        u64::from(high) << 32 | u64::from(bench.r32(FRCD + 8))
+                    };
+                    if record >> 63 != 0 {
+                        break record;
+                    }
+                };
+                let expected = if round % 2 == 0 { (4, 0x77) } else { (1, 0x88) };
+                assert_eq!((record >> 32 & 0xff, record & 0xffff), expected);
+                clear(&bench, 0);
+            }
+        });
+        for round in 0..ROUNDS {
+            if round % 2 == 0 {
+                fault(&bench, 0x77, 1 << 47, Access::Read);
+            } else {
+                let error = bench.unit.context(SourceId(0x88), Iova(0), Access::Read);
+                assert!(error.is_err());
+            }
+            until(|| bench.r32(reg::FSTS) & fsts::PPF == 0 || driver.is_finished());
+        }
+    });
+}
