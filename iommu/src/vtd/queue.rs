@@ -63,6 +63,8 @@ struct State {
     waiting: Option<Instant>,
     /// Changes when the queue is turned off, so that the unit's thread knows its wait is void.
     generation: u64,
+    /// The unit's thread is waiting for workers, if only because of a queue that is off by now.
+    asleep: bool,
     stop: bool,
 }
 
@@ -174,7 +176,7 @@ impl Queue {
         let mut state = self.state();
         state.stop = true;
         self.work.notify_all();
-        state.owner != Owner::Draining
+        state.owner != Owner::Draining && !state.asleep
     }
 
     /// Runs descriptors until the queue is empty, stands, or a batch is done; hands it to the unit's
@@ -362,9 +364,11 @@ pub(super) fn run(queue: &Queue) {
             Owner::Draining => {
                 let (pending, generation) = (state.pending, state.generation);
                 queue.parts.waits.blocked();
+                state.asleep = true;
                 drop(state);
                 pending.wait(&*queue.parts.drain);
                 state = queue.state();
+                state.asleep = false;
                 if state.generation == generation && state.owner == Owner::Draining {
                     queue.run_batch(&mut state);
                 }

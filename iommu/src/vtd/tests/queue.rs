@@ -315,6 +315,34 @@ fn a_unit_is_dropped_while_a_wait_stands() {
     let _: u32 = ram.read_obj(GuestAddress(STATUS)).unwrap();
 }
 
+/// Whoever drops the unit may be the one who ends the I/O that its thread waits for.
+#[test]
+fn a_unit_is_dropped_while_the_wait_of_an_old_queue_stands() {
+    let mut bench = Bench::new(Options::default());
+    bench.queue_on(false);
+    bench.spaces.hold(true);
+    bench.put(&[0x12, 0]);
+    bench.put(&[77 << 32 | WAIT, STATUS]);
+    bench.kick();
+    until(|| bench.unit.counters().waits_blocked == 1);
+    bench.command(0, global::QIE);
+    let Bench { unit, spaces, .. } = bench;
+    let dropped = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            drop(unit);
+            dropped.store(true, Ordering::SeqCst);
+        });
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while !dropped.load(Ordering::SeqCst) && Instant::now() < deadline {
+            std::thread::yield_now();
+        }
+        let in_time = dropped.load(Ordering::SeqCst);
+        spaces.hold(false);
+        assert!(in_time, "the drop waits for I/O");
+    });
+}
+
 #[test]
 fn a_status_write_outside_memory_goes_nowhere() {
     let mut bench = Bench::new(Options::default());
