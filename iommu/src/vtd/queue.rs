@@ -20,7 +20,7 @@ use super::fault::Faults;
 use super::line::Remapper;
 use super::spec::registers::{iqei, queue};
 use super::walk::{Mode, Root};
-use crate::GuestRam;
+use crate::{GuestRam, Invalidation};
 
 /// How long a vCPU waits for workers: some batches, much less than a disk.
 const SPIN: Duration = Duration::from_micros(40);
@@ -283,6 +283,13 @@ impl Queue {
         match descriptor {
             Descriptor::Context(what) => {
                 queued.context(what);
+                let what = match what {
+                    // Context entries of scalable mode have no domain (9.4).
+                    Invalidation::DomainContexts { .. } if self.scalable() => {
+                        Invalidation::Contexts
+                    }
+                    what => what,
+                };
                 state.pending.publish(drain, what);
             }
             Descriptor::Pasid(what) => {

@@ -217,7 +217,7 @@ fn an_event_that_the_host_refuses_stays_pending() {
 /// A driver that polls finds a record valid only with all of its fields, whatever size it reads.
 #[test]
 fn a_record_that_is_valid_is_whole() {
-    const ROUNDS: u64 = 20_000;
+    const ROUNDS: u64 = 6_000;
     let bench = bench(1);
     // The root table is empty.
     bench.command(global::TE, 0);

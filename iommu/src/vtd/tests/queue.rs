@@ -280,8 +280,8 @@ fn a_wait_stands_until_the_spaces_have_let_go() {
     assert_eq!(bench.spaces.take(), [Invalidation::Contexts]);
 }
 
-#[test]
-fn a_queue_that_is_turned_off_forgets_its_wait() {
+/// A unit whose thread waits for the spaces, at a wait descriptor behind an invalidation.
+fn standing() -> Bench {
     let mut bench = Bench::new(Options::default());
     bench.queue_on(false);
     bench.spaces.hold(true);
@@ -289,6 +289,12 @@ fn a_queue_that_is_turned_off_forgets_its_wait() {
     bench.put(&[77 << 32 | WAIT, STATUS]);
     bench.kick();
     until(|| bench.unit.counters().waits_blocked == 1);
+    bench
+}
+
+#[test]
+fn a_queue_that_is_turned_off_forgets_its_wait() {
+    let mut bench = standing();
     bench.command(0, global::QIE);
     assert_eq!(bench.r64(reg::IQH), 0);
     bench.spaces.hold(false);
@@ -300,13 +306,7 @@ fn a_queue_that_is_turned_off_forgets_its_wait() {
 
 #[test]
 fn a_unit_is_dropped_while_a_wait_stands() {
-    let mut bench = Bench::new(Options::default());
-    bench.queue_on(false);
-    bench.spaces.hold(true);
-    bench.put(&[0x12, 0]);
-    bench.put(&[77 << 32 | WAIT, STATUS]);
-    bench.kick();
-    until(|| bench.unit.counters().waits_blocked == 1);
+    let bench = standing();
     let Bench {
         unit, spaces, ram, ..
     } = bench;
@@ -318,13 +318,7 @@ fn a_unit_is_dropped_while_a_wait_stands() {
 /// Whoever drops the unit may be the one who ends the I/O that its thread waits for.
 #[test]
 fn a_unit_is_dropped_while_the_wait_of_an_old_queue_stands() {
-    let mut bench = Bench::new(Options::default());
-    bench.queue_on(false);
-    bench.spaces.hold(true);
-    bench.put(&[0x12, 0]);
-    bench.put(&[77 << 32 | WAIT, STATUS]);
-    bench.kick();
-    until(|| bench.unit.counters().waits_blocked == 1);
+    let bench = standing();
     bench.command(0, global::QIE);
     let Bench { unit, spaces, .. } = bench;
     let dropped = AtomicBool::new(false);
@@ -387,4 +381,21 @@ fn a_wait_raises_the_completion_event() {
     assert_eq!(bench.r32(reg::IECTL), event::IM);
     bench.w32(reg::IECTL, 0);
     assert_eq!(bench.delivered(), []);
+}
+
+/// Context entries of scalable mode name no domain: none of them may outlive the invalidation.
+#[test]
+fn a_domain_selective_context_invalidation_in_scalable_mode_is_global() {
+    let mut bench = Bench::new(Options::default());
+    bench.queue_on(true);
+    bench.run(&[&[0x9_0021, 0]]);
+    bench.w64(reg::RTADDR, 1 << 10);
+    bench.command(global::SRTP, 0);
+    bench.run(&[&[0x9_0021, 0], &[0x9_0007, 0]]);
+    let domain = Invalidation::DomainContexts { domain: 9 };
+    assert_eq!(
+        bench.spaces.take(),
+        [domain, Invalidation::Contexts, domain]
+    );
+    assert_eq!(bench.unit.counters().queued.context_domain, 2);
 }
