@@ -50,6 +50,11 @@
 //! addresses: from an IOMMU, or through a bounce buffer. [`EduStats::dma_clamped`] counts transfers
 //! whose address was cut.
 //!
+//! A guest with more than 4 GiB shows it: a page at 0x1_0800_0000 has the low 28 bits of the one at
+//! 0x0800_0000, so a driver that hands out the first without a mask reads and overwrites the second.
+//! Below an IOMMU the mask cuts input addresses, not the guest's: the kernel picks one of less than
+//! 28 bits and maps it to the page above 4 GiB, and no copy is needed.
+//!
 //! # What does not work as asked
 //!
 //! A transfer that leaves the buffer moves nothing (QEMU's device ends the machine, or overruns). One
