@@ -364,6 +364,13 @@ impl Controller {
         let start = Instant::now();
         let at = pair.cq + pair.head as usize * 16;
         let last = loop {
+            // With interrupts nothing else is looked at: a completion without one is an error.
+            if let Some(event) = &mut pair.interrupt {
+                if !sys::wait_readable(event, PATIENCE.as_millis() as i32)? {
+                    return Err(io::Error::other("no interrupt comes"));
+                }
+                pair.interrupts += take(event)?;
+            }
             let word = self.memory.read32(at + 12);
             if (word >> 16 & 1 == 1) == pair.phase {
                 break word;
@@ -371,16 +378,7 @@ impl Controller {
             if start.elapsed() > PATIENCE {
                 return Err(io::Error::other("a command does not complete"));
             }
-            match &mut pair.interrupt {
-                // An interrupt is the only sign that is waited for: without one this is an error.
-                Some(event) => {
-                    if !sys::wait_readable(event, PATIENCE.as_millis() as i32)? {
-                        return Err(io::Error::other("no interrupt comes"));
-                    }
-                    pair.interrupts += take(event)?;
-                }
-                None => thread::yield_now(),
-            }
+            thread::yield_now();
         };
         fence(Ordering::SeqCst);
         pair.head = (pair.head + 1) % ENTRIES;

@@ -14,7 +14,7 @@ use std::sync::{Mutex, PoisonError};
 
 use guest_images::apt::Freshness;
 use guest_images::lab::{self, LabCommand, LabSpec, RelayProgram, Running, Session};
-use guest_images::{CacheDir, HostTools, Image, Images, Release, progress};
+use guest_images::{CacheDir, HostTools, Image, ImageName, Images, progress};
 
 /// Seconds that a guest may take to boot: ten times what it takes on a quiet machine.
 const BOOT_SECONDS: &str = "60";
@@ -456,15 +456,15 @@ impl Drop for Guest<'_> {
     }
 }
 
-/// The image of a release, built if it is not there.
+/// An image, built if it is not there.
 ///
 /// # Panics
 ///
 /// It cannot be built.
-pub fn image(release: Release) -> Image {
+pub fn image(name: impl Into<ImageName>) -> Image {
     let cache = CacheDir::discover().expect("a cache folder");
     Images::new(&cache)
-        .build(release, Freshness::Cached, &*progress::on_stderr())
+        .build(name, Freshness::Cached, &*progress::on_stderr())
         .expect("the image builds")
 }
 

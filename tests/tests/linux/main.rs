@@ -5,3 +5,4 @@ mod harness;
 mod iommu;
 mod net;
 mod nvme;
+mod vfio;
