@@ -130,10 +130,10 @@ fn exercise(guest: &Guest<'_>) {
     configure(guest);
     for reverse in ["", "--reverse"] {
         let json = guest.sh(&format!(
-            "iperf3 -c {} -n 512K -P 2 {reverse} --json",
+            "iperf3 -c {} -n 1M -P 2 {reverse} --json",
             net::HOST
         ));
-        assert!(bytes(&json, "sum_sent") >= 1 << 19, "{json}");
+        assert!(bytes(&json, "sum_sent") >= 1 << 20, "{json}");
         assert!(bytes(&json, "sum_received") > 0, "{json}");
     }
     let nvme = guest.sh("basename $(readlink -f /sys/class/nvme/nvme0/device)");
