@@ -26,6 +26,7 @@ mod interrupts;
 mod machine;
 mod memory;
 pub mod nvme;
+mod remapping;
 mod test_device;
 pub mod virtio;
 
@@ -36,6 +37,7 @@ pub use function::{GuestBar, GuestFunction, GuestMsi, GuestVector};
 pub use interrupts::{Delivery, LineState, Lines, Recorder};
 pub use machine::{Machine, layout};
 pub use memory::{DmaBuffer, PAGE_SIZE, Side};
+pub use remapping::{RemappedMemory, Remapping};
 pub use test_device::{Call, TestDevice};
 
 /// How long a test waits for something that must happen. Long, because it costs only failing tests.

@@ -10,6 +10,7 @@ use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend};
 use crate::events::EventTable;
 use crate::interrupts::{Lines, Recorder};
 use crate::memory::{DmaBuffer, PAGE_SIZE, Pages, Side};
+use crate::remapping::{RemappedMemory, Remapping};
 
 /// Where things are in the fake machine.
 pub mod layout {
@@ -27,9 +28,13 @@ pub mod layout {
     pub const MMIO64: Range<u64> = (1 << 40)..(1 << 41);
 }
 
+/// Bytes at the end of low RAM that remapping tables may use.
+const TABLES: u64 = 1 << 20;
+
 /// A machine without CPUs; see the [crate's page](crate).
 pub struct Machine {
     upstream: Upstream,
+    remapped: Option<Arc<RemappedMemory>>,
     root: Arc<RootComplex>,
     interrupts: Arc<Recorder>,
     lines: Arc<Lines>,
@@ -42,6 +47,11 @@ pub struct Machine {
 impl Machine {
     /// 64 MiB of RAM on each side of 4 GiB and a root complex that holds the host bridge only.
     pub fn new() -> Arc<Machine> {
+        Machine::behind(Remapping::Absent)
+    }
+
+    /// The same, with all functions below a remapping unit. It remaps no interrupts.
+    pub fn behind(remapping: Remapping) -> Arc<Machine> {
         let regions = [layout::LOW_RAM, layout::HIGH_RAM].map(|range| {
             let len = usize::try_from(range.end - range.start).expect("RAM fits the host");
             (GuestAddress(range.start), len)
@@ -57,14 +67,26 @@ impl Machine {
         let intx = Arc::clone(&lines);
         let interrupts = Arc::<Recorder>::default();
         let ram = GuestRam::from_ranges(&regions).expect("guest RAM");
+        let sink = Arc::<Recorder>::clone(&interrupts);
+        let tables = layout::LOW_RAM.end - TABLES..layout::LOW_RAM.end;
+        let (remapped, upstream) = if remapping == Remapping::Absent {
+            (None, Upstream::new(ram, sink))
+        } else {
+            let regions = [layout::LOW_RAM, layout::HIGH_RAM];
+            let through = remapping == Remapping::PassThrough;
+            let (memory, upstream) =
+                RemappedMemory::new(&ram, sink, tables.clone(), &regions, through);
+            (Some(memory), upstream)
+        };
         Arc::new(Machine {
-            upstream: Upstream::new(ram, Arc::<Recorder>::clone(&interrupts)),
+            upstream,
+            remapped,
             root: RootComplex::new(windows, hub, intx).expect("root complex"),
             interrupts,
             lines,
             events,
             // Page 0 is left out: address 0 is what an uninitialised pointer looks like.
-            pages: Pages::new(PAGE_SIZE..layout::LOW_RAM.end, layout::HIGH_RAM),
+            pages: Pages::new(PAGE_SIZE..tables.start, layout::HIGH_RAM),
             windows: Mutex::new([layout::MMIO32, layout::MMIO64]),
         })
     }
@@ -83,6 +105,11 @@ impl Machine {
     /// What functions are built on.
     pub fn upstream(&self) -> &Upstream {
         &self.upstream
+    }
+
+    /// The remapping unit and its tables, if there is one.
+    pub fn remapped(&self) -> Option<&Arc<RemappedMemory>> {
+        self.remapped.as_ref()
     }
 
     /// All RAM.

@@ -160,7 +160,16 @@ impl NetDriver {
         pairs: u16,
         adjust: impl FnOnce(&mut Config),
     ) -> NetDriver {
-        let machine = Machine::new();
+        NetDriver::found_on(Machine::new(), backend, pairs, adjust)
+    }
+
+    /// The same on a given machine, in slot 3.
+    pub fn found_on(
+        machine: Arc<Machine>,
+        backend: Arc<dyn NetBackend>,
+        pairs: u16,
+        adjust: impl FnOnce(&mut Config),
+    ) -> NetDriver {
         let mut config = Config::new(NetDriver::MAC, backend);
         config.pairs = pairs;
         adjust(&mut config);
