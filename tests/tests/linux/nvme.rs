@@ -44,7 +44,14 @@ fn fio_verifies_on_every_engine_and_disk() {
             "--nvme",
             "memory=32M",
         ]);
-        for disk in ["nvme0n1", "nvme0n2", "nvme1n1"] {
+        // Linux probes controllers and scans namespaces in parallel: the numbers in names need not be
+        // ours.
+        let disks = guest.sh(
+            "for i in $(seq 50); do disks=$(ls /sys/block | grep nvme); \
+             test $(echo $disks | wc -w) = 3 && break; sleep 0.2; done; echo \"$disks\"",
+        );
+        assert_eq!(disks.lines().count(), 3, "{disks}");
+        for disk in disks.lines() {
             for engine in ["psync", "io_uring", "libaio"] {
                 for direct in [0, 1] {
                     guest.sh(&format!(
@@ -55,8 +62,7 @@ fn fio_verifies_on_every_engine_and_disk() {
                 }
             }
         }
-        // Linux 6.12 scans namespaces in parallel: the disk's number need not be the namespace's.
-        let size = guest.sh("for disk in /sys/block/nvme0n*; do \
+        let size = guest.sh("for disk in /sys/block/nvme*; do \
              test $(cat $disk/nsid) = 2 && cat $disk/queue/logical_block_size; done; true");
         assert_eq!(size.trim(), "4096");
         guest.kernel_is_content();
