@@ -317,7 +317,7 @@ impl GuestMemory for DmaMemory {
             "slices outlive the access only inside a section"
         );
         let slices = self.slices(Iova(addr.0), count, need(access));
-        slices.map(VmSlices).map_err(refused)
+        slices.and_then(VmSlices::new).map_err(refused)
     }
 }
 

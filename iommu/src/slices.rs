@@ -37,6 +37,7 @@ impl<'a> Slices<'a> {
     }
 
     /// Translates on to the next page border.
+    #[inline]
     fn translate(&mut self) -> Result<(u64, u64), DmaError> {
         let target = self.mem.translate(self.iova, self.need)?;
         let len = target.room.min(self.left);
@@ -108,14 +109,39 @@ impl<'a> Iterator for Slices<'a> {
 
 impl FusedIterator for Slices<'_> {}
 
-/// The same for vm-memory.
-pub(crate) struct VmSlices<'a>(pub(crate) Slices<'a>);
+/// The same for vm-memory, whose accesses to rings are one piece nearly always.
+pub(crate) enum VmSlices<'a> {
+    /// The only piece, until it is taken.
+    One(Option<VolatileSlice<'a, ()>>),
+    Several(Slices<'a>),
+}
+
+impl<'a> VmSlices<'a> {
+    #[inline]
+    pub(crate) fn new(mut slices: Slices<'a>) -> Result<VmSlices<'a>, DmaError> {
+        if slices.left > 0 {
+            let (gpa, len) = slices.translate()?;
+            if slices.left == 0
+                && let Some(slice) = host(slices.mem, gpa, len)
+                && u64::try_from(slice.len()) == Ok(len)
+            {
+                return Ok(VmSlices::One(Some(slice)));
+            }
+            slices.after = Some(Ok((gpa, len)));
+        }
+        Ok(VmSlices::Several(slices))
+    }
+}
 
 impl<'a> Iterator for VmSlices<'a> {
     type Item = VmResult<VolatileSlice<'a, ()>>;
 
+    #[inline]
     fn next(&mut self) -> Option<Self::Item> {
-        Some(self.0.next()?.map_err(refused))
+        match self {
+            VmSlices::One(slice) => slice.take().map(Ok),
+            VmSlices::Several(slices) => Some(slices.next()?.map_err(refused)),
+        }
     }
 }
 
